@@ -1,0 +1,342 @@
+/**
+ * The whole native surface, in one typed file. Everything that touches a pool's bytes goes through here; JavaScript is
+ * never on the data path or the lease path. Bytes, ids, epochs and generations are bigint; offsets and sizes are bytes.
+ *
+ * Errors: every rejected promise carries an `Error` whose `code` is `HF_` + a name of native/src/core/status.h
+ * (`HF_FOREIGN_DATA`, `HF_FENCED`, …) and whose message says what happened, to what, and what to do next.
+ */
+import { createRequire } from 'node:module';
+
+export type FencingClass = 'reservations' | 'manual' | 'lease-only' | 'loop';
+/** Lower-case hyphenated UUID text. */
+export type Uuid = string;
+
+export interface PoolInfo {
+  uuid: Uuid;
+  name: string;
+  wwid: string;
+  deviceBytes: bigint;
+  slabSize: number;
+  chunkSize: number;
+  slabCount: bigint;
+  volumeSlots: number;
+  layerSlots: number;
+  hostSlots: number;
+  fencing: FencingClass;
+  renewIntervalMs: number;
+  leaseMs: number;
+  drainMs: number;
+  createdUnixMs: number;
+  /** Sentences about what was repaired or noticed while reading ("superblock A fails its check; copy B was used"). */
+  warnings: string[];
+}
+
+export interface FormatOptions {
+  name: string;
+  fencing: FencingClass;
+  /** Format over another file system's or an old pool's signature. A mounted or open device is refused regardless. */
+  force?: boolean;
+  renewIntervalMs?: number;
+  leaseMs?: number;
+  drainMs?: number;
+  /** Fixed UUID, for tests. */
+  uuid?: Uuid;
+  onProgress?: (done: number, total: number) => void;
+}
+
+/** What stands on a device, for refusing well. */
+export interface DeviceInspection {
+  sizeBytes: bigint;
+  logicalSectorSize: number;
+  kind: 'blank' | 'pool' | 'foreign';
+  /** e.g. 'ext4', 'xfs', 'gpt', 'data' (neither zeros nor a known signature); empty for blank. */
+  signature: string;
+  mounted: boolean;
+  wwid: string;
+  pool?: PoolInfo;
+}
+
+export interface CheckFinding {
+  severity: 'error' | 'warning' | 'info';
+  /** Stable short name: 'slab-page-both-bad', 'chunk-mapped-twice', 'slab-owned-twice', … */
+  kind: string;
+  message: string;
+  volumeId?: bigint;
+  layerId?: bigint;
+  slab?: bigint;
+  offset?: bigint;
+  length?: bigint;
+}
+export interface CheckReport {
+  pool: PoolInfo;
+  clean: boolean;
+  findings: CheckFinding[];
+  pagesRead: number;
+  volumes: number;
+  layers: number;
+  slabsClaimed: bigint;
+  slabsFree: bigint;
+}
+
+export interface SlabRun {
+  first: bigint;
+  count: number;
+  generation: bigint;
+}
+export interface LayerSpec {
+  layerId: bigint;
+  slot: number;
+  parentLayerId: bigint;
+  birth: bigint;
+  sizeBytes: bigint;
+  frozen: boolean;
+  slabs: SlabRun[];
+}
+/** A grant as the engine needs it; layers newest first. */
+export interface VolumeSpec {
+  volumeId: bigint;
+  slot: number;
+  uuid: Uuid;
+  name: string;
+  sizeBytes: bigint;
+  epoch: bigint;
+  readOnly: boolean;
+  parametersJson: string;
+  layers: LayerSpec[];
+}
+
+export interface VolumeRecord {
+  slot: number;
+  volumeId: bigint;
+  uuid: Uuid;
+  name: string;
+  state: 'closed' | 'open' | 'deleted';
+  sizeBytes: bigint;
+  topLayerId: bigint;
+  epoch: bigint;
+  hostId: number;
+  generation: bigint;
+  fenced: boolean;
+  parametersJson: string;
+}
+export interface LayerRecord {
+  slot: number;
+  layerId: bigint;
+  parentLayerId: bigint;
+  volumeId: bigint;
+  sizeBytes: bigint;
+  birth: bigint;
+  state: 'writable' | 'frozen' | 'folded' | 'deleted';
+  snapshotName: string;
+}
+/** A slab page's header as it stands on disk: the newer valid copy. */
+export interface SlabOwner {
+  slab: bigint;
+  layerId: bigint;
+  volumeId: bigint;
+  generation: bigint;
+  /** 'free': never claimed or given back; 'bad': both copies fail their check. */
+  state: 'free' | 'claimed' | 'bad';
+}
+export interface Authority {
+  store: Uuid;
+  incarnation: bigint;
+  term: bigint;
+  /** True where no service ever claimed the pool. */
+  unclaimed: boolean;
+}
+export interface Heartbeat {
+  hostId: number;
+  state: 'empty' | 'live' | 'stopped';
+  generation: bigint;
+  /** Grows with each renewal: two equal readings mean no renewal between them. */
+  sequence: bigint;
+  nonce: bigint;
+  nodeName: string;
+  machineId: Uuid;
+  bootId: Uuid;
+}
+export interface FencePage {
+  hostId: number;
+  generation: bigint;
+  fencerHostId: number;
+  term: bigint;
+}
+
+/**
+ * Raw access to a pool without being a host on it: for format, list, check, and a joining agent's first look.
+ * Device handles are opened for the call and closed after it.
+ */
+export interface PoolTools {
+  inspectDevice(devicePath: string): Promise<DeviceInspection>;
+  formatPool(devicePath: string, options: FormatOptions): Promise<PoolInfo>;
+  readPool(devicePath: string): Promise<PoolInfo>;
+  readAuthority(devicePath: string): Promise<Authority>;
+  readHeartbeats(devicePath: string): Promise<Heartbeat[]>;
+  readVolumeRecords(devicePath: string): Promise<VolumeRecord[]>;
+  readLayerRecords(devicePath: string): Promise<LayerRecord[]>;
+  /** Read-only fsck of every page and every invariant that the disk alone can show. Never writes. */
+  checkPool(devicePath: string, onProgress?: (done: number, total: number) => void): Promise<CheckReport>;
+  /** Whether somebody holds the flock of a pool device node (class L's proof). True: it is free, the I/O is dead. */
+  lockIsFree(lockPath: string): Promise<boolean>;
+}
+
+export interface OpenPoolOptions {
+  devicePath: string;
+  uuid: Uuid;
+  hostId: number;
+  /** The host slot's generation that this engine lives under. */
+  generation: bigint;
+  nodeName: string;
+  machineId: Uuid;
+  bootId: Uuid;
+  /** Where the engine makes its private device node; opening it and flock on it is class L's proof of death. */
+  lockPath: string;
+}
+
+export type LeaseState = 'valid' | 'held' | 'fenced' | 'stopped';
+
+export interface VolumeStats {
+  sizeBytes: bigint;
+  mappedBytes: bigint;
+  allocatedBytes: bigint;
+  reads: bigint;
+  writes: bigint;
+  flushes: bigint;
+  discards: bigint;
+  readBytes: bigint;
+  writtenBytes: bigint;
+  held: bigint;
+  dirtyPages: bigint;
+  inFlight: bigint;
+  memoryBytes: bigint;
+}
+
+export type EngineEvent =
+  | { type: 'slabs-low'; pool: Uuid; wanted: number }
+  | { type: 'slab-claimed'; pool: Uuid; volumeId: bigint; layerId: bigint; slab: bigint; generation: bigint }
+  | { type: 'slab-emptied'; pool: Uuid; volumeId: bigint; layerId: bigint; slab: bigint; generation: bigint }
+  | { type: 'lease'; pool: Uuid; state: LeaseState; message: string }
+  | { type: 'volume'; pool: Uuid; volumeId: bigint; code: string; message: string };
+
+/** A frontend's device, ready for mkfs or a bind mount. */
+export interface Export {
+  frontend: 'fuse' | 'ublk' | 'kernel';
+  /** e.g. /dev/loop7 */
+  devicePath: string;
+  /** Why this frontend: one sentence for people. */
+  reason: string;
+}
+
+export interface OpenVolume {
+  readonly spec: VolumeSpec;
+  readonly export: Export;
+  /** Record durable, device grown and announced to the kernel. */
+  grow(sizeBytes: bigint): Promise<void>;
+  /** Detach the device, flush, make page copies equal, write the record closed. Rejects HF_BUSY while mounted or open. */
+  close(): Promise<void>;
+  /**
+   * Gate shut at once, EIO to everything, zero in flight, closed(epoch) on disk. Resolves when all of that is true;
+   * the device stays (answering EIO) until detach().
+   */
+  revoke(): Promise<void>;
+  /** Takes the dead device of a revoked or fenced volume away. HF_BUSY while mounted. */
+  detach(): Promise<void>;
+  stats(): VolumeStats;
+}
+
+export interface Pool {
+  readonly info: PoolInfo;
+  readonly hostId: number;
+  readonly generation: bigint;
+  readonly lockPath: string;
+  leaseState(): LeaseState;
+  volumes(): OpenVolume[];
+  /** Opens and exports. The record on disk must be older than the grant (HF_STALE otherwise). */
+  openVolume(spec: VolumeSpec): Promise<OpenVolume>;
+  /** Slabs ahead, for first writes. */
+  addSlabs(runs: SlabRun[]): void;
+  /** The service has none: held writes wait full-timeout, then get ENOSPC. Cleared by addSlabs. */
+  declareFull(): void;
+  /** Unclaimed slabs taken out of the stock to be returned (all of them without `count`). */
+  takeBackSlabs(count?: number): SlabRun[];
+  stock(): SlabRun[];
+
+  readAuthority(): Promise<Authority>;
+  /** Write, wait `waitMs`, re-read. HF_STALE if somebody else's claim stands or one of a higher incarnation/term. */
+  claimAuthority(
+    claim: { store: Uuid; incarnation: bigint; term: bigint; force?: boolean },
+    waitMs: number,
+  ): Promise<void>;
+  readHeartbeat(hostId: number): Promise<Heartbeat>;
+  readFence(hostId: number, generation: bigint): Promise<FencePage>;
+  /** Durable, re-read. Needs a live lease (HF_LEASE_EXPIRED). */
+  writeFence(victim: {
+    hostId: number;
+    generation: bigint;
+    term: bigint;
+    incarnation: bigint;
+  }): Promise<void>;
+  readVolumeRecord(slot: number): Promise<VolumeRecord | undefined>;
+  readVolumeRecords(): Promise<VolumeRecord[]>;
+  /** Which layer each slab belongs to, by its pages: for a dead host's slabs before its volumes are granted again. */
+  scanSlabs(runs: SlabRun[]): Promise<SlabOwner[]>;
+  /** Deletes a volume's records and discards its slabs. `closedEpoch`: refuse if the record's epoch is newer. */
+  wipeVolume(volume: {
+    volumeId: bigint;
+    slot: number;
+    closedEpoch: bigint;
+    layers: { layerId: bigint; slot: number; slabs: SlabRun[] }[];
+  }): Promise<void>;
+  /** All volumes must be closed. Writes stopped(generation) and gives the lease up. */
+  close(): Promise<void>;
+  /** Fences itself: every volume's gate shut for good, zero in flight, stopped(generation) on disk (stop-ack). */
+  stop(): Promise<void>;
+}
+
+export interface EngineOptions {
+  /** Private directory of the node: sockets, device nodes, memfd bookkeeping. */
+  stateDir: string;
+  keeperSocket: string;
+  /** Worker threads, each with its own ring. Default: the number of CPUs, at least 2, at most 8. */
+  workers?: number;
+  /** Called on the JS thread, never re-entrantly. */
+  onEvent: (event: EngineEvent) => void;
+}
+
+export interface Engine {
+  /**
+   * Takes over what the keeper has from a dead engine: waits until the old engine's I/O is dead (flock), renews the
+   * lease under the same generation, opens each volume with its page images, and re-sends its requests. Call once,
+   * before anything else. Works with every other service away.
+   */
+  adopt(): Promise<Pool[]>;
+  openPool(options: OpenPoolOptions): Promise<Pool>;
+  pools(): Pool[];
+  /** Polite hand-over (upgrade): stop reading requests, drain, let go; the keeper keeps the devices. */
+  handOver(): Promise<void>;
+  /** After handOver(), or with no pool open. Threads joined. */
+  destroy(): Promise<void>;
+}
+
+export interface NativeModule extends PoolTools {
+  createEngine(options: EngineOptions): Promise<Engine>;
+  /** The newest pool format this build writes. */
+  formatVersion: number;
+}
+
+const require = createRequire(import.meta.url);
+
+function load(): NativeModule {
+  const candidates = [process.env['HOLDFAST_NATIVE'], '../build/Release/holdfast.node'].filter(
+    (c) => c !== undefined,
+  );
+  return require(candidates[0] as string) as NativeModule;
+}
+
+let loaded: NativeModule | undefined;
+/** Loads the addon on first use. Built by `make build`; HOLDFAST_NATIVE names another build (a sanitizer's, say). */
+export function native(): NativeModule {
+  loaded ??= load();
+  return loaded;
+}

@@ -1,0 +1,175 @@
+/** gRPC over unix sockets and TCP: servers that refuse a live socket and replace a stale one, promise clients, handlers. */
+import { existsSync, mkdirSync, unlinkSync } from 'node:fs';
+import { connect } from 'node:net';
+import { dirname } from 'node:path';
+import {
+  Server,
+  ServerCredentials,
+  Metadata,
+  status,
+  type ChannelOptions,
+  type handleUnaryCall,
+  type ServerOptions,
+  type ServerUnaryCall,
+  type ServiceError,
+} from '@grpc/grpc-js';
+import { fromServiceError, HoldfastError, isServiceError, toGrpcStatus } from './errors.ts';
+import type { Logger } from './log.ts';
+
+const messageLimits: ChannelOptions & ServerOptions = {
+  'grpc.max_receive_message_length': 64 << 20,
+  'grpc.max_send_message_length': 64 << 20,
+};
+
+/** `unix:/path`, `/path` or `host:port`, as grpc-js wants it. */
+export function grpcTarget(endpoint: string): string {
+  if (endpoint.startsWith('unix:')) return `unix:${endpoint.replace(/^unix:(\/\/)?/, '')}`;
+  return endpoint.startsWith('/') ? `unix:${endpoint}` : endpoint;
+}
+
+export const clientOptions: ChannelOptions = {
+  ...messageLimits,
+  'grpc.initial_reconnect_backoff_ms': 100,
+  'grpc.min_reconnect_backoff_ms': 100,
+  'grpc.max_reconnect_backoff_ms': 2000,
+};
+
+function socketIsLive(path: string): Promise<boolean> {
+  return new Promise((resolve) => {
+    const probe = connect(path);
+    probe.once('connect', () => {
+      probe.destroy();
+      resolve(true);
+    });
+    probe.once('error', () => resolve(false));
+  });
+}
+
+export interface GrpcServer {
+  readonly server: Server;
+  /** host:port for TCP (the real port where 0 was asked for), the path for a unix socket. */
+  readonly address: string;
+  /** Waits for calls in flight, at most `graceMs`. */
+  close(graceMs?: number): Promise<void>;
+}
+
+/**
+ * Binds and serves. A unix socket gets mode 0700 (only root may talk to it); a stale one is replaced, a live one refused.
+ * @throws HoldfastError FAILED_PRECONDITION when another process serves the socket.
+ */
+export async function serve(
+  endpoint: string,
+  addServices: (server: Server) => void,
+  credentials: ServerCredentials = ServerCredentials.createInsecure(),
+): Promise<GrpcServer> {
+  const target = grpcTarget(endpoint);
+  const path = target.startsWith('unix:') ? target.slice('unix:'.length) : undefined;
+  if (path !== undefined) {
+    mkdirSync(dirname(path), { recursive: true });
+    if (existsSync(path)) {
+      if (await socketIsLive(path)) {
+        throw new HoldfastError(
+          'FAILED_PRECONDITION',
+          `Another process already serves ${path}. Stop it, or give this one another socket.`,
+        );
+      }
+      unlinkSync(path);
+    }
+  }
+  const server = new Server(messageLimits);
+  addServices(server);
+  const umask = process.umask(0o077);
+  try {
+    const port = await new Promise<number>((resolve, reject) =>
+      server.bindAsync(target, credentials, (error, bound) => (error ? reject(error) : resolve(bound))),
+    );
+    return {
+      server,
+      address: path ?? target.replace(/:\d+$/, `:${port}`),
+      close: (graceMs = 5000) =>
+        new Promise((resolve) => {
+          const timer = setTimeout(() => server.forceShutdown(), graceMs);
+          server.tryShutdown(() => {
+            clearTimeout(timer);
+            resolve();
+          });
+        }),
+    };
+  } finally {
+    process.umask(umask);
+  }
+}
+
+/** What a unary handler gets besides the request. */
+export interface CallContext {
+  /** Aborted when the client went away or its deadline passed. */
+  readonly signal: AbortSignal;
+  readonly metadata: Metadata;
+}
+
+/** A unary handler from an async function; errors become statuses (toGrpcStatus) and are logged with the method's name. */
+export function unary<Req, Res>(
+  logger: Logger,
+  method: string,
+  body: (request: Req, context: CallContext) => Promise<Res>,
+): handleUnaryCall<Req, Res> {
+  return (call: ServerUnaryCall<Req, Res>, callback) => {
+    const abort = new AbortController();
+    call.on('cancelled', () => abort.abort());
+    const started = performance.now();
+    body(call.request, { signal: abort.signal, metadata: call.metadata }).then(
+      (response) => {
+        logger.debug({ method, ms: Math.round(performance.now() - started) }, 'call');
+        callback(null, response);
+      },
+      (error: unknown) => {
+        const failed = toGrpcStatus(error);
+        const level = failed.code === status.INTERNAL || failed.code === status.UNKNOWN ? 'error' : 'info';
+        logger[level](
+          {
+            method,
+            code: status[failed.code],
+            ms: Math.round(performance.now() - started),
+            err: level === 'error' ? error : undefined,
+          },
+          failed.details,
+        );
+        callback(failed);
+      },
+    );
+  };
+}
+
+type UnaryMethod<Req, Res> = (
+  request: Req,
+  metadata: Metadata,
+  options: { deadline?: Date; signal?: AbortSignal },
+  callback: (error: ServiceError | null, response?: Res) => void,
+) => { cancel(): void };
+
+/**
+ * One unary call as a promise: `await call(client, client.CreateVolume, request, { timeoutMs })`.
+ * Rejects with the HoldfastError that the server threw.
+ */
+export function call<Req, Res>(
+  client: object,
+  method: UnaryMethod<Req, Res> | ((...args: never[]) => unknown),
+  request: Req,
+  options: { timeoutMs?: number; signal?: AbortSignal; metadata?: Metadata } = {},
+): Promise<Res> {
+  return new Promise((resolve, reject) => {
+    const deadline =
+      options.timeoutMs === undefined ? {} : { deadline: new Date(Date.now() + options.timeoutMs) };
+    const active = (method as UnaryMethod<Req, Res>).call(
+      client,
+      request,
+      options.metadata ?? new Metadata(),
+      deadline,
+      (error, response) => {
+        if (error) reject(isServiceError(error) ? (fromServiceError(error) as Error) : error);
+        else resolve(response as Res);
+      },
+    );
+    options.signal?.addEventListener('abort', () => active.cancel(), { once: true });
+  });
+}

@@ -1,0 +1,4 @@
+export * from './errors.ts';
+export * from './grpc.ts';
+export * from './inflight.ts';
+export * from './log.ts';
