@@ -1,25 +1,46 @@
-# The one entry. `make help` lists the targets.
+# The one entry: `make help` lists the targets.
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
-.PHONY: help setup build native lint format test
+export PATH := $(CURDIR)/.cache/pnpm/node_modules/.bin:$(CURDIR)/.cache/bin:$(PATH)
+.PHONY: help setup native build demo test lint format bench sanitize crash faults tidy clean
 
 help: ## List the targets
-	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 18
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 12
 
-setup: ## Install what is missing (Debian packages, pnpm, dependencies)
+setup: ## Install what is missing: Debian packages, pnpm, npm dependencies
 	@tools/setup.sh
 
-native: ## Build the native addon and the keeper
-	pnpm build:native
+native: setup ## Build the native addon and the keeper
+	@tools/quiet.sh native pnpm build:native
 
 build: native ## Build everything
-	pnpm build
+	@tools/quiet.sh typescript pnpm build
 
-lint: ## Lint and check the formatting
-	pnpm generate && pnpm lint && pnpm format:check
+demo: build ## One volume's whole life on three nodes, a node killed on the way
+	@node packages/cli/dist/demo/main.js
 
-format: ## Format TypeScript and JSON
-	pnpm format
+test: build ## All tests: unit, native, format crash test, store contract, CSI on real devices, csi-sanity
+	@tools/setup-tests.sh
+	@node tools/test.mjs
 
-test: build ## All tests
-	pnpm test
+lint: setup ## Lint and check the formatting
+	@pnpm generate >/dev/null && pnpm lint && pnpm format:check
+
+format: setup ## Format TypeScript and JSON
+	@pnpm format
+
+crash: setup ## The format crash test over many seeds: make crash SEEDS=1..1000
+	@node tools/test.mjs crash --seeds $(or $(SEEDS),1..1000)
+
+sanitize: build ## Native tests under ASan, UBSan and TSan; the addon's tests under ASan
+	@tools/setup-tests.sh
+	@node tools/test.mjs sanitize
+
+faults: build ## Long fault tests: 20 node kills, 20 agent kills under fio verify, a frozen engine
+	@HOLDFAST_LONG=1 node tools/test.mjs faults
+
+bench: build ## fio side by side with the raw disk and qemu-storage-daemon, control plane, memory
+	@node bench/run.mjs
+
+clean: ## Remove what was built (not the caches)
+	rm -rf native/build native/build-* packages/*/dist native/dist packages/proto/src/gen packages/*/*.tsbuildinfo native/*.tsbuildinfo
