@@ -1,3 +1,4 @@
+export * from './error-help.ts';
 export * from './errors.ts';
 export * from './grpc.ts';
 export * from './inflight.ts';
