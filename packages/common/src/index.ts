@@ -3,3 +3,4 @@ export * from './errors.ts';
 export * from './grpc.ts';
 export * from './inflight.ts';
 export * from './log.ts';
+export * from './volume-context.ts';
