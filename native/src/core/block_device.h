@@ -25,6 +25,7 @@ struct IoRequest {
   void* user = nullptr;           // the submitter's
   IoRequest* next = nullptr;      // the device's, while the request is with it
   uint64_t device_scratch[6] = {};  // the device's, while the request is with it
+  uint64_t gate_scratch[2] = {};    // the same for the gate stacked on the device (gate.h), and for nobody else
 };
 
 class BlockDevice {

@@ -42,6 +42,10 @@ inline constexpr uint64_t kHeartbeatOffset = 2u << 20;
 inline constexpr uint32_t kHostSlots = 256;       // host ids 0..255
 inline constexpr uint32_t kFenceGenerations = 8;  // fence[host][generation mod 8]
 
+// Kept zero at the end of the device: other programs look for signatures there (GPT's backup, md, ZFS), and nothing
+// that a volume writes may be taken for one.
+inline constexpr uint64_t kTailReserve = 1u << 20;
+
 // Magic numbers: four ASCII letters as they stand on disk.
 inline constexpr uint32_t magic(char a, char b, char c, char d) {
   return uint32_t(uint8_t(a)) | uint32_t(uint8_t(b)) << 8 | uint32_t(uint8_t(c)) << 16 | uint32_t(uint8_t(d)) << 24;
@@ -82,7 +86,7 @@ struct Superblock {
   uint64_t features_compat;           // unknown bits: ignore
   uint64_t features_ro_compat;        // unknown bits: no writing
   uint64_t features_incompat;         // unknown bits: refuse
-  uint64_t device_bytes;              // bytes of the device that the format may use
+  uint64_t device_bytes;              // bytes that the format may use: the device's size less kTailReserve
   uint32_t block_size;                // bytes
   uint32_t chunk_size;                // bytes
   uint32_t slab_size;                 // bytes
@@ -158,6 +162,11 @@ struct FencePage {
   uint8_t reserved[4000];
 };
 static_assert(sizeof(FencePage) == kPageSize);
+
+// header.flags of a volume record. Set together with kClosed when the volume was closed without its last flush and
+// without making the copies of its slab pages equal (revoked, or closed on behalf of a dead opener): differing copies
+// are then what a crash leaves, not damage. Cleared by the next open.
+inline constexpr uint16_t kVolumeUnclean = 1;
 
 enum class VolumeState : uint32_t { kFree = 0, kClosed = 1, kOpen = 2, kDeleted = 3 };
 
