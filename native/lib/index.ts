@@ -172,6 +172,15 @@ export interface PoolTools {
   formatPool(devicePath: string, options: FormatOptions): Promise<PoolInfo>;
   readPool(devicePath: string): Promise<PoolInfo>;
   readAuthority(devicePath: string): Promise<Authority>;
+  /**
+   * Pool.claimAuthority() for a pool that this node is not a host on yet: nobody joins a pool before a service's claim of
+   * it stands. Needs no lease. Opens the device for the call.
+   */
+  claimAuthority(
+    devicePath: string,
+    claim: { store: Uuid; incarnation: bigint; term: bigint; force?: boolean },
+    waitMs: number,
+  ): Promise<void>;
   readHeartbeats(devicePath: string): Promise<Heartbeat[]>;
   readVolumeRecords(devicePath: string): Promise<VolumeRecord[]>;
   readLayerRecords(devicePath: string): Promise<LayerRecord[]>;
