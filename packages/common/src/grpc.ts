@@ -105,6 +105,8 @@ export interface CallContext {
   /** Aborted when the client went away or its deadline passed. */
   readonly signal: AbortSignal;
   readonly metadata: Metadata;
+  /** Milliseconds until the client gives up; undefined: it waits for ever. */
+  timeLeftMs(): number | undefined;
 }
 
 /** A unary handler from an async function; errors become statuses (toGrpcStatus) and are logged with the method's name. */
@@ -117,7 +119,12 @@ export function unary<Req, Res>(
     const abort = new AbortController();
     call.on('cancelled', () => abort.abort());
     const started = performance.now();
-    body(call.request, { signal: abort.signal, metadata: call.metadata }).then(
+    const deadline = Number(call.getDeadline());
+    const timeLeftMs = (): number | undefined =>
+      Number.isFinite(deadline) ? Math.max(0, deadline - Date.now()) : undefined;
+    const answer = async (): Promise<Res> =>
+      body(call.request, { signal: abort.signal, metadata: call.metadata, timeLeftMs });
+    answer().then(
       (response) => {
         logger.debug({ method, ms: Math.round(performance.now() - started) }, 'call');
         callback(null, response);
@@ -170,6 +177,7 @@ export function call<Req, Res>(
         else resolve(response as Res);
       },
     );
+    if (options.signal?.aborted === true) active.cancel();
     options.signal?.addEventListener('abort', () => active.cancel(), { once: true });
   });
 }

@@ -1,3 +1,4 @@
+export * from './csi/index.ts';
 export * from './error-help.ts';
 export * from './errors.ts';
 export * from './grpc.ts';
