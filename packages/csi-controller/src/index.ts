@@ -1,1 +1,1 @@
-export {};
+export { startController, type ControllerOptions, type RunningController } from './server.ts';

@@ -1,0 +1,408 @@
+/**
+ * CSI Controller without a state of its own. Every call goes the same way: check the request, take the volume's turn
+ * (ABORTED when another call has it), make one idempotent call to the metadata service, translate the answer. What the
+ * service refuses carries the right gRPC code already.
+ */
+import {
+  csiUnary,
+  csiUnimplemented,
+  DEFAULT_FILE_SYSTEM,
+  formatHandle,
+  HoldfastError,
+  InFlight,
+  parseHandle,
+  poolsOfTopology,
+  poolTopology,
+  PUBLISH_ID,
+  readCapability,
+  readParameters,
+  requireField,
+  requireHandle,
+  volumeContext,
+  volumeParameterKeys,
+  type CallContext,
+  type Capability,
+  type FileSystem,
+  type Logger,
+} from '@holdfast/common';
+import type { AccessMode, Csi, Known, Pool__Output, Volume__Output } from '@holdfast/proto';
+import { sizeForCreate, sizeForExpand } from './capacity.ts';
+import { volumeCondition } from './condition.ts';
+import type { MetadataApi } from './metadata-client.ts';
+import { isAccessible, placementGroups, poolNamed } from './placement.ts';
+
+/** The specification's general limit for strings. */
+const MAX_NAME_BYTES = 128;
+
+const capabilities = [
+  'CREATE_DELETE_VOLUME',
+  'PUBLISH_UNPUBLISH_VOLUME',
+  'LIST_VOLUMES',
+  'GET_CAPACITY',
+  'PUBLISH_READONLY',
+  'EXPAND_VOLUME',
+  'LIST_VOLUMES_PUBLISHED_NODES',
+  'VOLUME_CONDITION',
+  'GET_VOLUME',
+  'SINGLE_NODE_MULTI_WRITER',
+] as const;
+
+const noSnapshots = 'this version cuts no snapshots.';
+
+/** The volume as CSI shows it. */
+function toCsiVolume(volume: Volume__Output): Csi.Volume {
+  return {
+    volume_id: formatHandle({ poolUuid: volume.pool_uuid, volumeUuid: volume.uuid }),
+    capacity_bytes: volume.size_bytes,
+    volume_context: volumeContext({
+      poolUuid: volume.pool_uuid,
+      name: volume.name,
+      sizeBytes: BigInt(volume.size_bytes),
+      parameters: volume.parameters,
+    }),
+    accessible_topology: [{ segments: poolTopology([volume.pool_uuid]) }],
+  };
+}
+
+/** The one use that a list of capabilities and the parameters agree on. */
+function intendedUse(
+  wanted: readonly Capability[],
+  fsParameter: FileSystem | undefined,
+): FileSystem | 'block' {
+  const named = new Set(wanted.flatMap((capability) => capability.fsType ?? []));
+  if (fsParameter !== undefined) named.add(fsParameter);
+  if (named.size > 1) {
+    throw new HoldfastError(
+      'INVALID_ARGUMENT',
+      `The parameters and volume capabilities ask for different file systems (${[...named].join(', ')}). Keep one.`,
+    );
+  }
+  const mounts = wanted.some((capability) => capability.accessType === 'mount');
+  if (!mounts) return 'block';
+  return [...named][0] ?? DEFAULT_FILE_SYSTEM;
+}
+
+export class ControllerService {
+  readonly #metadata: MetadataApi;
+  readonly #logger: Logger;
+  readonly #inFlight = new InFlight();
+
+  constructor(metadata: MetadataApi, logger: Logger) {
+    this.#metadata = metadata;
+    this.#logger = logger;
+  }
+
+  handlers(): Known<Csi.ControllerHandlers> {
+    const log = this.#logger;
+    return {
+      CreateVolume: csiUnary(log, 'CreateVolume', (r, c) => this.createVolume(r, c)),
+      DeleteVolume: csiUnary(log, 'DeleteVolume', (r, c) => this.deleteVolume(r, c)),
+      ControllerPublishVolume: csiUnary(log, 'ControllerPublishVolume', (r, c) => this.publish(r, c)),
+      ControllerUnpublishVolume: csiUnary(log, 'ControllerUnpublishVolume', (r, c) => this.unpublish(r, c)),
+      ValidateVolumeCapabilities: csiUnary(log, 'ValidateVolumeCapabilities', (r, c) => this.validate(r, c)),
+      ListVolumes: csiUnary(log, 'ListVolumes', (r, c) => this.listVolumes(r, c)),
+      GetCapacity: csiUnary(log, 'GetCapacity', (r, c) => this.getCapacity(r, c)),
+      ControllerGetCapabilities: csiUnary(log, 'ControllerGetCapabilities', async () => ({
+        capabilities: capabilities.map((type) => ({ rpc: { type } })),
+      })),
+      ControllerExpandVolume: csiUnary(log, 'ControllerExpandVolume', (r, c) => this.expand(r, c)),
+      ControllerGetVolume: csiUnary(log, 'ControllerGetVolume', (r, c) => this.getVolume(r, c)),
+      ControllerModifyVolume: csiUnimplemented(
+        log,
+        'ControllerModifyVolume',
+        'volumes have no attributes that may change after creation.',
+      ),
+      CreateSnapshot: csiUnimplemented(log, 'CreateSnapshot', noSnapshots),
+      DeleteSnapshot: csiUnimplemented(log, 'DeleteSnapshot', noSnapshots),
+      ListSnapshots: csiUnimplemented(log, 'ListSnapshots', noSnapshots),
+      GetSnapshot: csiUnimplemented(log, 'GetSnapshot', noSnapshots),
+    };
+  }
+
+  async createVolume(
+    request: Csi.CreateVolumeRequest__Output,
+    context: CallContext,
+  ): Promise<Csi.CreateVolumeResponse> {
+    requireField(request.name, 'name');
+    if (Buffer.byteLength(request.name) > MAX_NAME_BYTES) {
+      throw new HoldfastError(
+        'INVALID_ARGUMENT',
+        `The name has ${Buffer.byteLength(request.name)} bytes; at most ${MAX_NAME_BYTES} are allowed. Shorten it.`,
+      );
+    }
+    if (request.volume_capabilities.length === 0) {
+      throw new HoldfastError(
+        'INVALID_ARGUMENT',
+        'volume_capabilities is missing from the request. Give at least one.',
+      );
+    }
+    const wanted = request.volume_capabilities.map((capability) => readCapability(capability));
+    if (Object.keys(request.mutable_parameters).length > 0) {
+      throw new HoldfastError(
+        'INVALID_ARGUMENT',
+        `mutable_parameters (${Object.keys(request.mutable_parameters).join(', ')}) are not offered: volumes have no attributes that may change after creation.`,
+      );
+    }
+    if (request.volume_content_source !== null) {
+      throw new HoldfastError(
+        'INVALID_ARGUMENT',
+        `A volume can't be made from a ${request.volume_content_source.type ?? 'source'}: ${noSnapshots} Create an empty one and copy the data.`,
+      );
+    }
+    const parameters = readParameters(request.parameters);
+    const use = intendedUse(wanted, parameters.fsType);
+    const { sizeBytes, limitBytes } = sizeForCreate(request.capacity_range, use);
+    const kept: Record<string, string> = {};
+    if (use !== 'block') kept[volumeParameterKeys.fsType] = use;
+    if (parameters.mkfsOptions.length > 0) {
+      kept[volumeParameterKeys.mkfsOptions] = parameters.mkfsOptions.join(' ');
+    }
+    return this.#inFlight.run([`the volume named ${request.name}`], async () => {
+      const pool =
+        parameters.pool === undefined
+          ? undefined
+          : poolNamed(await this.#metadata.listPools(context), parameters.pool);
+      const groups = placementGroups(request.accessibility_requirements, pool);
+      const volume = await this.#createInFirst(groups, context, {
+        name: request.name,
+        size_bytes: sizeBytes.toString(),
+        limit_bytes: limitBytes.toString(),
+        parameters: kept,
+      });
+      if (!isAccessible(request.accessibility_requirements, volume.pool_uuid)) {
+        throw new HoldfastError(
+          'ALREADY_EXISTS',
+          `Volume ${request.name} exists in pool ${volume.pool_uuid}, which the accessibility requirements leave out. Use another name, or allow that pool.`,
+        );
+      }
+      if (pool !== undefined && volume.pool_uuid !== pool.uuid) {
+        throw new HoldfastError(
+          'ALREADY_EXISTS',
+          `Volume ${request.name} exists in pool ${volume.pool_uuid}, not in ${pool.name} (${pool.uuid}). Use another name.`,
+        );
+      }
+      return { volume: toCsiVolume(volume) };
+    });
+  }
+
+  /** The preferred pools first; the next group only where one is full. */
+  async #createInFirst(
+    groups: readonly string[][],
+    context: CallContext,
+    request: { name: string; size_bytes: string; limit_bytes: string; parameters: Record<string, string> },
+  ): Promise<Volume__Output> {
+    let full: unknown;
+    for (const group of groups) {
+      try {
+        return await this.#metadata.createVolume({ ...request, pool_uuids: group }, context);
+      } catch (error) {
+        if (!(error instanceof HoldfastError) || error.code !== 'NO_SPACE') throw error;
+        full = error;
+      }
+    }
+    throw full;
+  }
+
+  async deleteVolume(
+    request: Csi.DeleteVolumeRequest__Output,
+    context: CallContext,
+  ): Promise<Csi.DeleteVolumeResponse> {
+    requireField(request.volume_id, 'volume_id');
+    const handle = parseHandle(request.volume_id);
+    if (handle === undefined) return {};
+    return this.#inFlight.run([`volume ${request.volume_id}`], async () => {
+      await this.#metadata.deleteVolume(handle.volumeUuid, context);
+      return {};
+    });
+  }
+
+  async publish(
+    request: Csi.ControllerPublishVolumeRequest__Output,
+    context: CallContext,
+  ): Promise<Csi.ControllerPublishVolumeResponse> {
+    requireField(request.volume_id, 'volume_id');
+    requireField(request.node_id, 'node_id');
+    const capability = readCapability(request.volume_capability);
+    const handle = requireHandle(request.volume_id);
+    return this.#inFlight.run([`volume ${request.volume_id}`], async () => ({
+      publish_context: {
+        [PUBLISH_ID]: await this.#metadata.publishVolume(
+          {
+            uuid: handle.volumeUuid,
+            node_id: request.node_id,
+            access_mode: `ACCESS_MODE_${capability.mode}` satisfies AccessMode,
+            read_only: request.readonly || capability.mode === 'SINGLE_NODE_READER_ONLY',
+            volume_context: request.volume_context,
+          },
+          context,
+        ),
+      },
+    }));
+  }
+
+  async unpublish(
+    request: Csi.ControllerUnpublishVolumeRequest__Output,
+    context: CallContext,
+  ): Promise<Csi.ControllerUnpublishVolumeResponse> {
+    requireField(request.volume_id, 'volume_id');
+    const handle = parseHandle(request.volume_id);
+    if (handle === undefined) return {};
+    return this.#inFlight.run([`volume ${request.volume_id}`], async () => {
+      try {
+        await this.#metadata.unpublishVolume(handle.volumeUuid, request.node_id, context);
+      } catch (error) {
+        // A volume that the service does not have is published nowhere.
+        if (!(error instanceof HoldfastError) || error.code !== 'NOT_FOUND') throw error;
+      }
+      return {};
+    });
+  }
+
+  async validate(
+    request: Csi.ValidateVolumeCapabilitiesRequest__Output,
+    context: CallContext,
+  ): Promise<Csi.ValidateVolumeCapabilitiesResponse> {
+    requireField(request.volume_id, 'volume_id');
+    if (request.volume_capabilities.length === 0) {
+      throw new HoldfastError(
+        'INVALID_ARGUMENT',
+        'volume_capabilities is missing from the request. Give at least one.',
+      );
+    }
+    const volume = await this.#existing(request.volume_id, context, request.volume_context);
+    try {
+      const wanted = request.volume_capabilities.map((capability) => readCapability(capability));
+      const parameters = readParameters(request.parameters);
+      const made = volume.parameters[volumeParameterKeys.fsType];
+      const asked = new Set([
+        ...wanted.flatMap((capability) => capability.fsType ?? []),
+        ...(parameters.fsType === undefined ? [] : [parameters.fsType]),
+      ]);
+      for (const fsType of asked) {
+        if (made !== undefined && fsType !== made) {
+          return { message: `The volume was made for ${made}, not for ${fsType}.` };
+        }
+      }
+      if (Object.keys(request.mutable_parameters).length > 0) {
+        return { message: 'Volumes have no attributes that may change after creation.' };
+      }
+    } catch (error) {
+      if (!(error instanceof HoldfastError)) throw error;
+      return { message: error.message };
+    }
+    return {
+      confirmed: {
+        volume_context: request.volume_context,
+        volume_capabilities: request.volume_capabilities,
+        parameters: request.parameters,
+      },
+    };
+  }
+
+  async listVolumes(
+    request: Csi.ListVolumesRequest__Output,
+    context: CallContext,
+  ): Promise<Csi.ListVolumesResponse> {
+    if (request.max_entries < 0) {
+      throw new HoldfastError(
+        'INVALID_ARGUMENT',
+        'max_entries is negative. Give a number of entries, or 0 for all.',
+      );
+    }
+    const pools = await this.#metadata.listPools(context);
+    const entries: Csi._csi_v1_ListVolumesResponse_Entry[] = [];
+    let token = request.starting_token;
+    do {
+      const page = await this.#metadata.listVolumes(
+        request.max_entries === 0 ? 0 : request.max_entries - entries.length,
+        token,
+        context,
+      );
+      for (const volume of page.volumes) {
+        entries.push({ volume: toCsiVolume(volume), status: status(volume, pools) });
+      }
+      token = page.next_token;
+    } while (token !== '' && (request.max_entries === 0 || entries.length < request.max_entries));
+    return { entries, next_token: token };
+  }
+
+  async getCapacity(
+    request: Csi.GetCapacityRequest__Output,
+    context: CallContext,
+  ): Promise<Csi.GetCapacityResponse> {
+    for (const capability of request.volume_capabilities) readCapability(capability);
+    const parameters = readParameters(request.parameters);
+    const named =
+      parameters.pool === undefined
+        ? undefined
+        : poolNamed(await this.#metadata.listPools(context), parameters.pool);
+    let uuids: string[] | undefined = named === undefined ? undefined : [named.uuid];
+    if (request.accessible_topology !== null) {
+      const reachable = poolsOfTopology(request.accessible_topology.segments);
+      uuids = uuids === undefined ? reachable : uuids.filter((uuid) => reachable.includes(uuid));
+    }
+    if (uuids !== undefined && uuids.length === 0) return { available_capacity: '0' };
+    const answer = await this.#metadata.getCapacity(uuids ?? [], context);
+    return {
+      available_capacity: answer.available_bytes,
+      maximum_volume_size: { value: answer.maximum_volume_bytes },
+      minimum_volume_size: { value: answer.minimum_volume_bytes },
+    };
+  }
+
+  async expand(
+    request: Csi.ControllerExpandVolumeRequest__Output,
+    context: CallContext,
+  ): Promise<Csi.ControllerExpandVolumeResponse> {
+    requireField(request.volume_id, 'volume_id');
+    const { sizeBytes, limitBytes } = sizeForExpand(request.capacity_range);
+    if (request.volume_capability !== null) readCapability(request.volume_capability);
+    const handle = requireHandle(request.volume_id);
+    return this.#inFlight.run([`volume ${request.volume_id}`], async () => {
+      const volume = await this.#metadata.expandVolume(
+        { uuid: handle.volumeUuid, size_bytes: sizeBytes.toString(), limit_bytes: limitBytes.toString() },
+        context,
+      );
+      // The node has work to do either way: the device takes the new size, and a file system grows into it.
+      return { capacity_bytes: volume.size_bytes, node_expansion_required: true };
+    });
+  }
+
+  async getVolume(
+    request: Csi.ControllerGetVolumeRequest__Output,
+    context: CallContext,
+  ): Promise<Csi.ControllerGetVolumeResponse> {
+    const volume = await this.#existing(request.volume_id, context);
+    const pools = await this.#metadata.listPools(context);
+    return { volume: toCsiVolume(volume), status: status(volume, pools) };
+  }
+
+  /** @throws NOT_FOUND for a volume that is gone, being wiped, or in another pool than its handle says. */
+  async #existing(
+    volumeId: string,
+    context: CallContext,
+    volumeContext: Record<string, string> = {},
+  ): Promise<Volume__Output> {
+    const handle = requireHandle(volumeId);
+    const volume = await this.#metadata.getVolume(handle.volumeUuid, volumeContext, context);
+    if (volume.pool_uuid !== handle.poolUuid || volume.state === 'DELETING') {
+      throw new HoldfastError(
+        'NOT_FOUND',
+        volume.state === 'DELETING'
+          ? `Volume ${volumeId} is being deleted.`
+          : `Volume ${handle.volumeUuid} is in pool ${volume.pool_uuid}, not in ${handle.poolUuid}. Correct volumeHandle in the PersistentVolume.`,
+      );
+    }
+    return volume;
+  }
+}
+
+function status(
+  volume: Volume__Output,
+  pools: readonly Pool__Output[],
+): Csi._csi_v1_ControllerGetVolumeResponse_VolumeStatus {
+  return {
+    published_node_ids: [...new Set(volume.publications.map((publication) => publication.node_id))],
+    volume_condition: volumeCondition(volume, pools),
+  };
+}

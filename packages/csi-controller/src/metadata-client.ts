@@ -1,0 +1,105 @@
+/** The controller's one dependency: the metadata service, called within what is left of the CSI call's time. */
+import { randomUUID } from 'node:crypto';
+import { credentials, type ChannelCredentials } from '@grpc/grpc-js';
+import { call, clientOptions, grpcTarget, HoldfastError, type CallContext } from '@holdfast/common';
+import {
+  holdfast,
+  type CreateVolumeRequest,
+  type ExpandVolumeRequest,
+  type GetCapacityResponse__Output,
+  type ListVolumesResponse__Output,
+  type MetadataClient,
+  type Pool__Output,
+  type PublishVolumeRequest,
+  type Volume__Output,
+} from '@holdfast/proto';
+
+/** Taken off the caller's deadline, so that our sentence arrives before the caller's own DEADLINE_EXCEEDED. */
+const ANSWER_MARGIN_MS = 250;
+/** For callers without a deadline. A fence may take as long as its class promises. */
+const PATIENCE_MS = 120_000;
+
+type Caller = Pick<CallContext, 'signal' | 'timeLeftMs'>;
+type Method = (...args: never[]) => unknown;
+
+export class MetadataApi {
+  readonly #client: MetadataClient;
+  readonly #address: string;
+
+  constructor(address: string, channelCredentials: ChannelCredentials = credentials.createInsecure()) {
+    this.#address = address;
+    this.#client = new holdfast.Metadata(grpcTarget(address), channelCredentials, clientOptions);
+  }
+
+  close(): void {
+    this.#client.close();
+  }
+
+  async #call<Res>(method: Method, request: object, caller: Caller): Promise<Res> {
+    const left = caller.timeLeftMs();
+    const timeoutMs = left === undefined ? PATIENCE_MS : Math.max(1, left - ANSWER_MARGIN_MS);
+    try {
+      return await call<object, Res>(this.#client, method, request, { timeoutMs, signal: caller.signal });
+    } catch (error) {
+      if (error instanceof HoldfastError && error.code === 'UNAVAILABLE') {
+        throw new HoldfastError(
+          'UNAVAILABLE',
+          `The metadata service at ${this.#address} does not answer (${error.message}). Volumes that are open go on; repeat the call when it is back.`,
+          { cause: error },
+        );
+      }
+      throw error;
+    }
+  }
+
+  /** One cheap call that shows whether the service answers. */
+  async ping(timeoutMs: number): Promise<void> {
+    await call(this.#client, this.#client.GetServiceInfo, {}, { timeoutMs });
+  }
+
+  createVolume(request: Omit<CreateVolumeRequest, 'request_id'>, caller: Caller): Promise<Volume__Output> {
+    return this.#call(this.#client.CreateVolume, { ...request, request_id: randomUUID() }, caller);
+  }
+  async deleteVolume(uuid: string, caller: Caller): Promise<void> {
+    await this.#call(this.#client.DeleteVolume, { uuid, request_id: randomUUID() }, caller);
+  }
+  getVolume(uuid: string, volumeContext: Record<string, string>, caller: Caller): Promise<Volume__Output> {
+    return this.#call(this.#client.GetVolume, { uuid, volume_context: volumeContext }, caller);
+  }
+  listVolumes(
+    maxEntries: number,
+    startingToken: string,
+    caller: Caller,
+  ): Promise<ListVolumesResponse__Output> {
+    return this.#call(
+      this.#client.ListVolumes,
+      { max_entries: maxEntries, starting_token: startingToken },
+      caller,
+    );
+  }
+  expandVolume(request: Omit<ExpandVolumeRequest, 'request_id'>, caller: Caller): Promise<Volume__Output> {
+    return this.#call(this.#client.ExpandVolume, { ...request, request_id: randomUUID() }, caller);
+  }
+  async publishVolume(request: Omit<PublishVolumeRequest, 'request_id'>, caller: Caller): Promise<string> {
+    const answer = await this.#call<{ publish_id: string }>(
+      this.#client.PublishVolume,
+      { ...request, request_id: randomUUID() },
+      caller,
+    );
+    return answer.publish_id;
+  }
+  async unpublishVolume(uuid: string, nodeId: string, caller: Caller): Promise<void> {
+    await this.#call(
+      this.#client.UnpublishVolume,
+      { uuid, node_id: nodeId, request_id: randomUUID() },
+      caller,
+    );
+  }
+  getCapacity(poolUuids: string[], caller: Caller): Promise<GetCapacityResponse__Output> {
+    return this.#call(this.#client.GetCapacity, { pool_uuids: poolUuids }, caller);
+  }
+  async listPools(caller: Caller): Promise<Pool__Output[]> {
+    const answer = await this.#call<{ pools: Pool__Output[] }>(this.#client.ListPools, {}, caller);
+    return answer.pools;
+  }
+}

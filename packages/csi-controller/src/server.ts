@@ -1,0 +1,52 @@
+/** Starts the controller plugin: Identity and Controller on one socket. For main.ts and for embedding. */
+import type { ChannelCredentials } from '@grpc/grpc-js';
+import { createLogger, identityHandlers, readyOnce, serve, type Logger } from '@holdfast/common';
+import { csi } from '@holdfast/proto';
+import { ControllerService } from './controller.ts';
+import { MetadataApi } from './metadata-client.ts';
+
+export interface ControllerOptions {
+  /** `unix:/path/controller.sock` */
+  endpoint: string;
+  /** `host:port` of the metadata service. */
+  metadata: string;
+  metadataCredentials?: ChannelCredentials;
+  logger?: Logger;
+}
+
+export interface RunningController {
+  /** The socket's path. */
+  readonly address: string;
+  close(graceMs?: number): Promise<void>;
+}
+
+const PROBE_MS = 2000;
+
+export async function startController(options: ControllerOptions): Promise<RunningController> {
+  const logger = options.logger ?? createLogger('csi-controller');
+  const metadata = new MetadataApi(options.metadata, options.metadataCredentials);
+  const controller = new ControllerService(metadata, logger);
+  try {
+    const server = await serve(options.endpoint, (grpc) => {
+      grpc.addService(
+        csi.Identity.service,
+        identityHandlers(
+          logger,
+          readyOnce(() => metadata.ping(PROBE_MS)),
+        ),
+      );
+      grpc.addService(csi.Controller.service, controller.handlers());
+    });
+    logger.info({ endpoint: server.address, metadata: options.metadata }, 'CSI controller serves');
+    return {
+      address: server.address,
+      close: async (graceMs) => {
+        await server.close(graceMs);
+        metadata.close();
+      },
+    };
+  } catch (error) {
+    metadata.close();
+    throw error;
+  }
+}
