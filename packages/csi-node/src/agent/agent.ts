@@ -32,7 +32,7 @@ import {
 } from '@holdfast/proto';
 import type { ChannelCredentials } from '@grpc/grpc-js';
 import { Backoff } from './backoff.ts';
-import { fencingNames, isTransient, messageOf, runFromWire, runToWire } from './convert.ts';
+import { fencingNames, isTransient, messageOf, nativeCode, runFromWire, runToWire } from './convert.ts';
 import { DeviceScanner, type FoundPool } from './devices.ts';
 import { HostedPool } from './hosted-pool.ts';
 import type { Identity } from './identity.ts';
@@ -120,6 +120,7 @@ class RunningAgent implements Agent {
     this.#orders = new OrderDesk({
       tools: options.native,
       pool: (uuid) => this.#pools.get(uuid),
+      device: (uuid) => this.#pools.get(uuid)?.found?.devicePath ?? this.#seen.get(uuid)?.devicePath,
       volumes: this.#volumes,
       logger: options.logger,
     });
@@ -152,7 +153,7 @@ class RunningAgent implements Agent {
     await this.#volumes.settleReturns([...this.#pools.values()]);
     await this.#scan();
     this.#server = await serve(this.#options.socket, (server) =>
-      server.addService(holdfast.NodeAgent.service, this.#handlers() as NodeAgentHandlers),
+      server.addService(holdfast.NodeAgent.service, this.#handlers()),
     );
     this.#service.start({
       hello: () => this.#hello(),
@@ -245,7 +246,7 @@ class RunningAgent implements Agent {
 
   async #join(seen: FoundPool): Promise<void> {
     const uuid = seen.info.uuid;
-    const { identity, native } = this.#options;
+    const { identity } = this.#options;
     const lockPath = this.#lockPath(uuid);
     try {
       const { host } = await this.#service.joinPool({
@@ -254,7 +255,7 @@ class RunningAgent implements Agent {
         machine_id: identity.machineId,
         boot_id: identity.bootId,
         lock_path: lockPath,
-        previous_io_dead: await native.lockIsFree(lockPath),
+        previous_io_dead: await this.#previousIoDead(lockPath),
       });
       if (!host) throw new HoldfastError('INTERNAL', 'JoinPool answered without a host');
       const opened = await this.#engine.openPool({
@@ -292,6 +293,16 @@ class RunningAgent implements Agent {
         notBefore: Date.now() + state.backoff.next(),
         message,
       });
+    }
+  }
+
+  /** A free lock proves that this node's earlier engine is dead; a lock that is not there proves nothing. */
+  async #previousIoDead(lockPath: string): Promise<boolean> {
+    try {
+      return await this.#options.native.lockIsFree(lockPath);
+    } catch (error) {
+      if (nativeCode(error) === 'HF_NOT_FOUND') return false;
+      throw error;
     }
   }
 

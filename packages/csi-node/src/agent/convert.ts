@@ -59,21 +59,6 @@ export function slabOwnerToWire(owner: SlabOwner): WireSlabOwner {
   };
 }
 
-/** Slabs one by one, as runs again: consecutive numbers of one generation share a run. */
-export function runsOf(slabs: Iterable<{ slab: bigint; generation: bigint }>): SlabRun[] {
-  const sorted = [...slabs].sort((a, b) => (a.slab < b.slab ? -1 : a.slab > b.slab ? 1 : 0));
-  const runs: SlabRun[] = [];
-  for (const { slab, generation } of sorted) {
-    const last = runs.at(-1);
-    if (last !== undefined && last.generation === generation && last.first + BigInt(last.count) === slab) {
-      last.count += 1;
-    } else {
-      runs.push({ first: slab, count: 1, generation });
-    }
-  }
-  return runs;
-}
-
 export function* slabsOf(runs: Iterable<SlabRun>): Generator<{ slab: bigint; generation: bigint }> {
   for (const run of runs) {
     for (let i = 0n; i < BigInt(run.count); i++) yield { slab: run.first + i, generation: run.generation };

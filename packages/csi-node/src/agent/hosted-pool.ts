@@ -8,7 +8,7 @@
  */
 import type { Logger } from '@holdfast/common';
 import type { LeaseState, Pool, SlabRun, Uuid } from '@holdfast/native';
-import type { ClaimedSlab, HostRef } from '@holdfast/proto';
+import type { ClaimedSlab, HostRef__Output } from '@holdfast/proto';
 import { Backoff, sleep } from './backoff.ts';
 import { countSlabs, isTransient, messageOf, runFromWire, runToWire, slabsOf } from './convert.ts';
 import type { FoundPool } from './devices.ts';
@@ -44,7 +44,7 @@ export function claimedToWire(slab: Slab): ClaimedSlab {
 export class HostedPool {
   readonly native: Pool;
   readonly found: FoundPool | undefined;
-  readonly host: Required<HostRef> & { pool_uuid: string; node_id: string };
+  readonly host: HostRef__Output;
   lease: { state: LeaseState; message: string };
   /** Set once PoolReady was acknowledged; a pool taken over from the keeper is ready. */
   ready: boolean;

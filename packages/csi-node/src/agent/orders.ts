@@ -6,7 +6,7 @@
  */
 import { HoldfastError, type Logger } from '@holdfast/common';
 import type { NativeModule } from '@holdfast/native';
-import type { Order__Output, OrderResult } from '@holdfast/proto';
+import type { Layer, Order__Output, OrderResult, VolumeRecordReading } from '@holdfast/proto';
 import { layerFromWire, messageOf, nativeCode, runFromWire, slabOwnerToWire } from './convert.ts';
 import type { HostedPool } from './hosted-pool.ts';
 import { UnknownVolume, type Volumes } from './volumes.ts';
@@ -33,6 +33,8 @@ function codeOf(error: unknown): string {
 export class OrderDesk {
   readonly #tools: NativeModule;
   readonly #pool: (uuid: string) => HostedPool | undefined;
+  /** The path under which this node sees a pool. */
+  readonly #device: (uuid: string) => string | undefined;
   readonly #volumes: Volumes;
   readonly #logger: Logger;
   readonly #results = new Map<string, Promise<OrderResult>>();
@@ -41,11 +43,13 @@ export class OrderDesk {
   constructor(options: {
     tools: NativeModule;
     pool: (uuid: string) => HostedPool | undefined;
+    device: (uuid: string) => string | undefined;
     volumes: Volumes;
     logger: Logger;
   }) {
     this.#tools = options.tools;
     this.#pool = options.pool;
+    this.#device = options.device;
     this.#volumes = options.volumes;
     this.#logger = options.logger;
   }
@@ -66,7 +70,7 @@ export class OrderDesk {
     const known = this.#results.get(order.order_id);
     if (known !== undefined) return known;
     const result = this.#run(order).catch((error: unknown): OrderResult => {
-      const code = nativeCode(error) ?? (error instanceof HoldfastError ? error.code : 'INTERNAL');
+      const code = codeOf(error);
       this.#logger.warn(
         { order: order.order, pool: order.pool_uuid, code },
         `An order failed: ${messageOf(error)}`,
@@ -95,6 +99,88 @@ export class OrderDesk {
     return pool;
   }
 
+  /** Before a claim stands nobody is a host on the pool; later it is renewed (a new term) by hosts. */
+  async #claim(
+    order: Order__Output,
+    store: string,
+    waitMs: number,
+    term: { incarnation: bigint; term: bigint },
+  ): Promise<void> {
+    if (store !== this.#authority.storeId) {
+      throw new HoldfastError(
+        'STALE',
+        `The claim is for store ${store}, but this session belongs to store ${this.#authority.storeId}.`,
+      );
+    }
+    const pool = this.#pool(order.pool_uuid);
+    if (pool !== undefined && !pool.dead) {
+      await pool.native.claimAuthority({ store, ...term }, waitMs);
+    } else {
+      await this.#tools.claimAuthority(this.#deviceOf(order), { store, ...term }, waitMs);
+    }
+  }
+
+  #deviceOf(order: Order__Output): string {
+    const device = this.#device(order.pool_uuid);
+    if (device === undefined) {
+      throw new HoldfastError(
+        'UNAVAILABLE',
+        `This node does not see a device with pool ${order.pool_uuid}. Ask another one.`,
+      );
+    }
+    return device;
+  }
+
+  /** A record by its slot, or by its volume's UUID wherever it stands, then with its layers. */
+  async #readRecord(order: Order__Output, slot: number, uuid: string): Promise<VolumeRecordReading> {
+    const { native } = this.#hosted(order);
+    const record =
+      uuid === ''
+        ? await native.readVolumeRecord(slot)
+        : (await native.readVolumeRecords()).find((r) => r.uuid === uuid);
+    if (record === undefined) return { found: false };
+    const reading: VolumeRecordReading = {
+      found: true,
+      volume_id: record.volumeId.toString(),
+      state: record.state,
+      epoch: record.epoch.toString(),
+      host_id: record.hostId,
+      generation: record.generation.toString(),
+    };
+    if (uuid === '') return reading;
+    const layers = new Map(
+      (await this.#tools.readLayerRecords(this.#deviceOf(order))).map((layer) => [layer.layerId, layer]),
+    );
+    const chain: Layer[] = [];
+    for (let id = record.topLayerId; id !== 0n; ) {
+      const layer = layers.get(id);
+      if (layer === undefined || chain.length > layers.size) {
+        throw new HoldfastError(
+          'CORRUPT',
+          `Volume ${uuid} names layer ${id}, which the layer table does not have. Run \`holdfast pool check\`.`,
+        );
+      }
+      chain.push({
+        layer_id: layer.layerId.toString(),
+        slot: layer.slot,
+        parent_layer_id: layer.parentLayerId.toString(),
+        birth: layer.birth.toString(),
+        size_bytes: layer.sizeBytes.toString(),
+        frozen: layer.state === 'frozen',
+      });
+      id = layer.parentLayerId;
+    }
+    return {
+      ...reading,
+      slot: record.slot,
+      uuid: record.uuid,
+      name: record.name,
+      size_bytes: record.sizeBytes.toString(),
+      parameters_json: record.parametersJson,
+      layers: chain,
+    };
+  }
+
   /** The disk decides who may order changes of the pool. */
   async #checkPage(pool: HostedPool, order: Order__Output): Promise<void> {
     const page = await pool.native.readAuthority();
@@ -117,14 +203,7 @@ export class OrderDesk {
     }
     this.#logger.debug({ order: order.order, id: order.order_id, pool: order.pool_uuid }, 'An order');
     if (order.claim_authority) {
-      const { store_id, wait_ms } = order.claim_authority;
-      if (store_id !== this.#authority.storeId) {
-        throw new HoldfastError(
-          'STALE',
-          `The claim is for store ${store_id}, but this session belongs to store ${this.#authority.storeId}.`,
-        );
-      }
-      await this.#hosted(order).native.claimAuthority({ store: store_id, ...term }, Number(wait_ms));
+      await this.#claim(order, order.claim_authority.store_id, Number(order.claim_authority.wait_ms), term);
       return {};
     }
     if (order.write_fence) {
@@ -164,8 +243,7 @@ export class OrderDesk {
     }
     if (order.read_volume_record) {
       const { slot, volume_uuid } = order.read_volume_record;
-      const { native } = this.#hosted(order);
-      return { volume_record: await readRecord(native, slot, volume_uuid, this.#tools, this.#device(order)) };
+      return { volume_record: await this.#readRecord(order, slot, volume_uuid) };
     }
     if (order.scan_slabs) {
       const owners = await this.#hosted(order).native.scanSlabs(order.scan_slabs.runs.map(runFromWire));

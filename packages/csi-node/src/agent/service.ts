@@ -56,6 +56,15 @@ export interface ServiceOptions {
   reconnectMostMs?: number;
 }
 
+type AgentsMethod =
+  | 'JoinPool'
+  | 'PoolReady'
+  | 'StageVolume'
+  | 'VolumeOpened'
+  | 'ReturnVolume'
+  | 'AllocateSlabs'
+  | 'ReportSlabs'
+  | 'ReturnSlabs';
 type Stream = ClientDuplexStream<AgentMessage, ServiceMessage__Output>;
 
 export class MetadataConnection {
@@ -195,11 +204,11 @@ export class MetadataConnection {
     );
   }
 
-  async #unary<Req, Res>(client: object, method: (...args: never[]) => unknown, request: Req): Promise<Res> {
+  async #unary<Res>(body: (options: { timeoutMs: number }) => Promise<Res>): Promise<Res> {
     await this.#ready();
     this.#underWay += 1;
     try {
-      return await call<Req, Res>(client, method, request, { timeoutMs: this.#options.callTimeoutMs });
+      return await body({ timeoutMs: this.#options.callTimeoutMs });
     } finally {
       this.#underWay -= 1;
       if (this.#underWay === 0) for (const wake of this.#idleWaiters.splice(0)) wake();
@@ -207,16 +216,12 @@ export class MetadataConnection {
   }
 
   /** Repeats a call whose outcome is unknown, under one request id, so that it is done once. At most `attempts` times. */
-  async #repeated<Req extends { request_id?: string }, Res>(
-    method: (...args: never[]) => unknown,
-    request: Req,
-    attempts = 3,
-  ): Promise<Res> {
-    const named = { ...request, request_id: request.request_id ?? randomUUID() };
+  async #repeated<Res>(name: AgentsMethod, request: object, attempts = 3): Promise<Res> {
+    const named = { ...request, request_id: randomUUID() };
     const backoff = new Backoff(50, 500);
     for (let attempt = 1; ; attempt++) {
       try {
-        return await this.#unary<Req, Res>(this.#agents, method, named);
+        return await this.#unary((options) => call(this.#agents, this.#agents[name], named, options));
       } catch (error) {
         if (attempt >= attempts || !isTransient(error)) throw error;
         await sleep(backoff.next(), this.#stop.signal);
@@ -225,31 +230,31 @@ export class MetadataConnection {
   }
 
   joinPool(request: JoinPoolRequest): Promise<JoinPoolResponse__Output> {
-    return this.#repeated(this.#agents.JoinPool, request);
+    return this.#repeated('JoinPool', request);
   }
   async poolReady(request: PoolReadyRequest): Promise<void> {
-    await this.#repeated(this.#agents.PoolReady, request);
+    await this.#repeated('PoolReady', request);
   }
   stageVolume(request: StageVolumeRequest): Promise<Grant__Output> {
-    return this.#repeated(this.#agents.StageVolume, request);
+    return this.#repeated('StageVolume', request);
   }
   async volumeOpened(request: VolumeOpenedRequest): Promise<void> {
-    await this.#repeated(this.#agents.VolumeOpened, request);
+    await this.#repeated('VolumeOpened', request);
   }
   async returnVolume(request: ReturnVolumeRequest): Promise<void> {
-    await this.#repeated(this.#agents.ReturnVolume, request);
+    await this.#repeated('ReturnVolume', request);
   }
   /** Never repeated by itself: after a new Hello the first answer's slabs may be somebody else's. */
   allocateSlabs(request: AllocateSlabsRequest): Promise<AllocateSlabsResponse__Output> {
-    return this.#repeated(this.#agents.AllocateSlabs, request, 1);
+    return this.#repeated('AllocateSlabs', request, 1);
   }
   async reportSlabs(request: ReportSlabsRequest): Promise<void> {
-    await this.#repeated(this.#agents.ReportSlabs, request, 1);
+    await this.#repeated('ReportSlabs', request, 1);
   }
   async returnSlabs(request: ReturnSlabsRequest): Promise<void> {
-    await this.#repeated(this.#agents.ReturnSlabs, request, 1);
+    await this.#repeated('ReturnSlabs', request, 1);
   }
   getVolume(uuid: string): Promise<Volume__Output> {
-    return this.#unary(this.#metadata, this.#metadata.GetVolume, { uuid });
+    return this.#unary((options) => call(this.#metadata, this.#metadata.GetVolume, { uuid }, options));
   }
 }

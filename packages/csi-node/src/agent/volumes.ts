@@ -43,7 +43,9 @@ interface LocalVolume {
 export class UnknownVolume extends Error {
   readonly code = 'UNKNOWN_VOLUME';
   constructor(uuid: string, epoch: bigint) {
-    super(`Volume ${uuid} is not open on this node, and will not be opened here under epoch ${epoch} or an older one.`);
+    super(
+      `Volume ${uuid} is not open on this node, and will not be opened here under epoch ${epoch} or an older one.`,
+    );
   }
 }
 
@@ -567,7 +569,7 @@ export class Volumes {
    */
   async #revokeUnknown(pool: HostedPool | undefined, uuid: string, epoch: bigint): Promise<RevokeResult> {
     const entry = this.#returns.list().find((e) => e.volumeUuid === uuid && e.epoch === epoch.toString());
-    if (entry !== undefined) return { epoch: entry.epoch, was_open: true, claimed: entry.claimed };
+    if (entry !== undefined) return { epoch: epoch.toString(), was_open: true, claimed: entry.claimed };
     if (pool !== undefined && !pool.dead && !(await pool.reported(reportWaitMs))) {
       throw new HoldfastError(
         'UNAVAILABLE',
