@@ -1,0 +1,133 @@
+// A worker: one thread with one io_uring, on which everything of the data path runs. All volumes share the same few
+// workers; nothing on a worker ever blocks but the one wait at the end of each turn of its loop.
+//
+// A turn: run posted tasks and due timers, reap completions, then one io_uring_enter that submits what the turn
+// prepared and waits for what comes next. The ring is single-issuer with deferred task work where the kernel has it.
+#pragma once
+
+#include <liburing.h>
+
+#include <atomic>
+#include <cstddef>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "core/executor.h"
+#include "core/status.h"
+#include "core/volume.h"
+
+namespace holdfast {
+
+// What a completion queue entry's user_data points to. Owned by whoever prepared the entry.
+struct Completion {
+  void (*complete)(Completion* self, int result, uint32_t flags) = nullptr;
+};
+
+class FuseChannel;
+
+inline constexpr size_t kMaxTransfer = 1u << 20;  // bytes of one FUSE request's payload
+inline constexpr size_t kFuseHeaderSize = 80;     // fuse_in_header plus the arguments of a read or a write
+
+// A frontend request's memory: kMaxTransfer bytes of address space, of which only what was used is resident.
+struct Slot {
+  VolumeRequest request;
+  FuseChannel* channel = nullptr;
+  uint64_t unique = 0;
+  Slot* next = nullptr;
+  std::byte* buffer = nullptr;   // page-aligned, kMaxTransfer bytes
+  size_t touched = 0;            // bytes of buffer that may be resident
+  uint64_t released_ns = 0;
+  alignas(8) std::byte header[kFuseHeaderSize];
+};
+
+class Worker final : public Executor {
+ public:
+  // Starts the thread. `index` only names it.
+  static Result<std::unique_ptr<Worker>> start(unsigned index);
+  // Stops and joins. Nothing may be outstanding at the ring but polls that belong to nobody any more.
+  ~Worker() override;
+  Worker(const Worker&) = delete;
+  Worker& operator=(const Worker&) = delete;
+
+  void post(Task* task) override;
+  uint64_t now_ns() const override;
+  void post_at(Task* task, uint64_t when_ns) override;
+
+  // The worker whose thread this is; null elsewhere.
+  static Worker* current();
+
+  // --- on the worker's own thread only ---
+  // A submission queue entry for `completion`; never null: a full queue is submitted first.
+  io_uring_sqe* sqe(Completion* completion);
+  // Null when all are in use; the channel is then called back through FuseChannel::resume() when one is free.
+  Slot* take_slot(FuseChannel* waiter);
+  void release_slot(Slot* slot);
+  void forget_waiter(FuseChannel* waiter);
+
+ private:
+  struct Timer {
+    uint64_t when_ns;
+    uint64_t order;
+    Task* task;
+  };
+  struct TaskList {
+    Task* head = nullptr;
+    Task* tail = nullptr;
+    void push(Task* task);
+    Task* pop();
+  };
+
+  Worker() = default;
+  Status set_up(unsigned index);
+  void run();
+  void run_tasks();
+  void take_inbox();
+  void add_timer(Timer timer);
+  void run_timers();
+  void wait_and_reap();
+  bool reap();
+  void wake();
+  void arm_wake_poll();
+  void trim_slots();
+
+  io_uring ring_{};
+  bool ring_ready_ = false;
+  bool defer_taskrun_ = false;
+  int wake_fd_ = -1;
+  std::thread thread_;
+  unsigned index_ = 0;
+
+  // Own thread.
+  TaskList tasks_;
+  std::vector<Timer> timers_;  // a heap, soonest first
+  uint64_t timer_order_ = 0;
+  struct WakePoll : Completion {
+    Worker* worker = nullptr;
+    bool armed = false;
+  } wake_poll_;
+  bool stopping_ = false;
+
+  std::byte* slot_memory_ = nullptr;
+  std::unique_ptr<Slot[]> slots_;
+  Slot* free_slots_ = nullptr;
+  std::vector<FuseChannel*> slot_waiters_;
+  struct TrimTask : Task {
+    Worker* worker = nullptr;
+    bool armed = false;
+  } trim_task_;
+
+  // Any thread.
+  std::mutex inbox_mutex_;
+  TaskList inbox_;
+  std::vector<Timer> inbox_timers_;
+  bool inbox_stop_ = false;
+  std::atomic<bool> asleep_{false};
+  std::atomic<bool> inbox_filled_{false};
+};
+
+// Runs `function` on the worker and waits for it. Not from a worker thread.
+void run_on(Worker& worker, const std::function<void()>& function);
+
+}  // namespace holdfast
