@@ -1,0 +1,113 @@
+/**
+ * Finds pools on the devices this node was told to look at. A pool is known by the UUID in its superblock, never by the
+ * path: paths change with every boot. A device whose own identity differs from the one recorded at format is a copy (an
+ * array clone, a dd): it is refused, because two disks with one pool would mean two truths.
+ */
+import { readdirSync, realpathSync } from 'node:fs';
+import { dirname, join } from 'node:path';
+import type { Logger } from '@holdfast/common';
+import type { Authority, PoolInfo, PoolTools } from '@holdfast/native';
+import { messageOf } from './convert.ts';
+
+export interface FoundPool {
+  devicePath: string;
+  info: PoolInfo;
+  authority: Authority;
+}
+
+/** Expands `*` and `?` in the last part of each pattern; a pattern without them stands for itself. */
+export function expandDevices(patterns: readonly string[]): string[] {
+  const paths = new Set<string>();
+  for (const pattern of patterns) {
+    const base = pattern.slice(pattern.lastIndexOf('/') + 1);
+    if (!/[*?]/.test(base)) {
+      paths.add(pattern);
+      continue;
+    }
+    const matcher = new RegExp(
+      `^${base
+        .replace(/[.+^${}()|[\]\\]/g, '\\$&')
+        .replaceAll('*', '.*')
+        .replaceAll('?', '.')}$`,
+    );
+    const directory = dirname(pattern);
+    let names: string[];
+    try {
+      names = readdirSync(directory);
+    } catch {
+      continue; // the directory may come later (udev)
+    }
+    for (const name of names.sort()) if (matcher.test(name)) paths.add(join(directory, name));
+  }
+  return [...paths];
+}
+
+export class DeviceScanner {
+  readonly #patterns: readonly string[];
+  readonly #tools: PoolTools;
+  readonly #logger: Logger;
+  /** One complaint for each device and reason, not one for each scan. */
+  readonly #complained = new Map<string, string>();
+
+  constructor(patterns: readonly string[], tools: PoolTools, logger: Logger) {
+    this.#patterns = patterns;
+    this.#tools = tools;
+    this.#logger = logger;
+  }
+
+  #complain(path: string, message: string): void {
+    if (this.#complained.get(path) === message) return;
+    this.#complained.set(path, message);
+    this.#logger.warn({ device: path }, message);
+  }
+
+  /** `known` answers for devices whose pool is open here: those are not read again. */
+  async scan(known: ReadonlyMap<string, FoundPool>): Promise<FoundPool[]> {
+    const found = new Map<string, FoundPool>();
+    const byPath = new Map([...known.values()].map((pool) => [pool.devicePath, pool]));
+    const devices = new Set<string>();
+    for (const path of expandDevices(this.#patterns)) {
+      let real: string;
+      try {
+        real = realpathSync(path);
+      } catch {
+        this.#complain(path, `${path} does not exist (yet); it is looked for again.`);
+        continue;
+      }
+      if (devices.has(real)) continue;
+      devices.add(real);
+      const pool = byPath.get(path) ?? (await this.#inspect(path));
+      if (pool === undefined) continue;
+      const other = found.get(pool.info.uuid);
+      if (other === undefined) {
+        found.set(pool.info.uuid, pool);
+      } else if (other.info.wwid !== pool.info.wwid) {
+        this.#complain(
+          path,
+          `${path} and ${other.devicePath} both say that they are pool ${pool.info.uuid}, but they are different devices; ${path} is not used. Detach the copy.`,
+        );
+      }
+    }
+    return [...found.values()];
+  }
+
+  async #inspect(path: string): Promise<FoundPool | undefined> {
+    try {
+      const device = await this.#tools.inspectDevice(path);
+      if (device.kind !== 'pool' || device.pool === undefined) return undefined;
+      if (device.wwid !== device.pool.wwid) {
+        this.#complain(
+          path,
+          `${path} is a copy of pool ${device.pool.uuid}: the pool was formatted on ${device.pool.wwid}, this device is ${device.wwid}. It is not used.`,
+        );
+        return undefined;
+      }
+      for (const warning of device.pool.warnings) this.#complain(path, warning);
+      const authority = await this.#tools.readAuthority(path);
+      return { devicePath: path, info: device.pool, authority };
+    } catch (error) {
+      this.#complain(path, `${path} cannot be used: ${messageOf(error)}`);
+      return undefined;
+    }
+  }
+}

@@ -1,0 +1,581 @@
+/**
+ * The volumes that are open on this node: staging, exporting, closing, growing, revoking. One operation at a time for each.
+ *
+ * A volume's life here: a grant from the metadata service (StageVolume) → opened and exported by the engine → told
+ * (VolumeOpened) → … → closed on disk → returned. A revoked one keeps its device, answering EIO, until whoever mounted it
+ * has let go; then the device is detached and the volume can be opened again under a new grant.
+ */
+import { HoldfastError, type Logger } from '@holdfast/common';
+import type { OpenVolume } from '@holdfast/native';
+import type {
+  ClaimedSlab,
+  Grant__Output,
+  HeldVolume,
+  OpenVolumeInfo,
+  OpenVolumeResponse,
+  RevokeResult,
+} from '@holdfast/proto';
+import { fromNativeError, isTransient, messageOf, nativeCode, slabsOf, specFromGrant } from './convert.ts';
+import { claimedToWire, type HostedPool, type Slab } from './hosted-pool.ts';
+import { KeyedLock } from './locks.ts';
+import type { PendingReturn, PendingReturns } from './pending-returns.ts';
+import type { MetadataConnection } from './service.ts';
+
+/** How long a close waits for the service before it leaves the return for later. */
+const returnWaitMs = 5000;
+/** How long the answer to a revocation waits until earlier claims are in the service's books. */
+const reportWaitMs = 8000;
+
+interface LocalVolume {
+  uuid: string;
+  pool: HostedPool;
+  native: OpenVolume;
+  epoch: bigint;
+  /** Unknown for a volume that was taken over from a dead agent. */
+  publishId: string | undefined;
+  revoked: boolean;
+  reason: string;
+  /** All slabs of the top layer, by number. */
+  claimed: Map<bigint, Slab>;
+}
+
+/** Not open here, and never again under this epoch or an older one. */
+export class UnknownVolume extends Error {
+  readonly code = 'UNKNOWN_VOLUME';
+  constructor(uuid: string, epoch: bigint) {
+    super(
+      `Volume ${uuid} is not open on this node, and will not be opened here under epoch ${epoch} or an older one.`,
+    );
+  }
+}
+
+export class Volumes {
+  readonly #open = new Map<string, LocalVolume>();
+  /** Granted, not open yet: part of what this node holds. */
+  readonly #opening = new Map<string, { pool: HostedPool; epoch: bigint }>();
+  /** A grant at or below this epoch was revoked here: its late answer must not open the volume. */
+  readonly #revokedEpochs = new Map<string, bigint>();
+  readonly #locks = new KeyedLock();
+  readonly #service: MetadataConnection;
+  readonly #returns: PendingReturns;
+  readonly #logger: Logger;
+  readonly #maxVolumes: number;
+  readonly #nodeId: string;
+  readonly #onFreed: () => void;
+  #sending: Promise<void> | undefined;
+
+  constructor(options: {
+    service: MetadataConnection;
+    returns: PendingReturns;
+    logger: Logger;
+    maxVolumes: number;
+    nodeId: string;
+    /** A device was taken away: a fenced pool may be free to be joined again. */
+    onFreed: () => void;
+  }) {
+    this.#service = options.service;
+    this.#returns = options.returns;
+    this.#logger = options.logger;
+    this.#maxVolumes = options.maxVolumes;
+    this.#nodeId = options.nodeId;
+    this.#onFreed = options.onFreed;
+  }
+
+  /** Resolves when no operation is under way. */
+  idle(): Promise<void> {
+    return this.#locks.idle();
+  }
+
+  /** Volumes of a pool that are open or being opened here, dead devices included. */
+  countOf(pool: HostedPool): number {
+    let count = 0;
+    for (const volume of this.#open.values()) if (volume.pool === pool) count += 1;
+    for (const opening of this.#opening.values()) if (opening.pool === pool) count += 1;
+    return count;
+  }
+
+  // ------------------------------------------------------------------------------------------ take-over
+
+  #remember(pool: HostedPool, native: OpenVolume, publishId: string | undefined): LocalVolume {
+    const top = native.spec.layers[0];
+    const claimed = new Map<bigint, Slab>();
+    if (top !== undefined) {
+      for (const { slab, generation } of slabsOf(top.slabs)) {
+        claimed.set(slab, { volumeId: native.spec.volumeId, layerId: top.layerId, slab, generation });
+      }
+    }
+    const volume: LocalVolume = {
+      uuid: native.spec.uuid,
+      pool,
+      native,
+      epoch: native.spec.epoch,
+      publishId,
+      revoked: false,
+      reason: '',
+      claimed,
+    };
+    this.#open.set(volume.uuid, volume);
+    return volume;
+  }
+
+  /** What the engine took over from a dead agent. */
+  adopt(pool: HostedPool): void {
+    for (const native of pool.native.volumes()) {
+      const volume = this.#remember(pool, native, undefined);
+      this.#logger.info(
+        { volume: volume.uuid, epoch: volume.epoch.toString(), device: native.export.devicePath },
+        'Took over an open volume',
+      );
+    }
+  }
+
+  /** After the pools were adopted: half-done closes of the agent's earlier life. */
+  async settleReturns(pools: readonly HostedPool[]): Promise<void> {
+    for (const entry of this.#returns.list()) {
+      if (entry.state === 'closed') continue;
+      const pool = pools.find((p) => p.uuid === entry.poolUuid && p.host.generation === entry.generation);
+      const open = this.#open.get(entry.volumeUuid);
+      if (pool === undefined || open?.epoch.toString() === entry.epoch) {
+        this.#returns.remove(entry); // still open here, or the generation it was open under is over
+        continue;
+      }
+      const record = await pool.native.readVolumeRecord(entry.slot).catch((error: unknown) => {
+        this.#logger.warn(`The record of ${entry.volumeUuid} cannot be read: ${messageOf(error)}`);
+        return undefined;
+      });
+      const closed = record?.state === 'closed' && record.uuid === entry.volumeUuid;
+      if (closed && record.epoch.toString() === entry.epoch) this.#returns.put({ ...entry, state: 'closed' });
+      else this.#returns.remove(entry);
+    }
+  }
+
+  // ------------------------------------------------------------------------------------------ events of the engine
+
+  #byVolumeId(pool: HostedPool, volumeId: bigint): LocalVolume | undefined {
+    for (const volume of this.#open.values()) {
+      if (volume.pool === pool && volume.native.spec.volumeId === volumeId) return volume;
+    }
+    return undefined;
+  }
+
+  slabClaimed(pool: HostedPool, slab: Slab): void {
+    this.#byVolumeId(pool, slab.volumeId)?.claimed.set(slab.slab, slab);
+    pool.slabClaimed(slab);
+  }
+
+  slabEmptied(pool: HostedPool, slab: Slab): void {
+    this.#byVolumeId(pool, slab.volumeId)?.claimed.delete(slab.slab);
+    pool.slabEmptied(slab);
+  }
+
+  volumeEvent(pool: HostedPool, volumeId: bigint, code: string, message: string): void {
+    const volume = this.#byVolumeId(pool, volumeId);
+    if (volume !== undefined) volume.reason = message;
+    this.#logger.error({ volume: volume?.uuid ?? volumeId.toString(), code }, message);
+    if (volume === undefined) return;
+    this.#service.send({
+      volume_event: { host: pool.host, volume_uuid: volume.uuid, code, message },
+    });
+  }
+
+  // ------------------------------------------------------------------------------------------ what is held
+
+  held(pool: HostedPool): HeldVolume[] {
+    const held: HeldVolume[] = [];
+    for (const volume of this.#open.values()) {
+      if (volume.pool !== pool || volume.revoked) continue;
+      const claimed: ClaimedSlab[] = [...volume.claimed.values()].map(claimedToWire);
+      held.push({ volume_uuid: volume.uuid, epoch: volume.epoch.toString(), claimed });
+    }
+    for (const [uuid, opening] of this.#opening) {
+      if (opening.pool === pool)
+        held.push({ volume_uuid: uuid, epoch: opening.epoch.toString(), claimed: [] });
+    }
+    return held;
+  }
+
+  #info(volume: LocalVolume): OpenVolumeInfo {
+    const stats = volume.native.stats();
+    const lease = volume.pool.lease;
+    let state = 'open';
+    let reason = volume.reason === '' ? volume.native.export.reason : volume.reason;
+    if (volume.revoked) {
+      state = 'revoked';
+      reason = 'The grant was revoked: the device answers EIO until it is unmounted and taken away.';
+    } else if (volume.pool.dead) {
+      state = 'fenced';
+      reason =
+        lease.message === '' ? 'This node is fenced on the pool: the device answers EIO.' : lease.message;
+    } else if (lease.state === 'held') {
+      state = 'held';
+      reason =
+        lease.message === ''
+          ? 'The lease could not be renewed: I/O waits until the disk is back.'
+          : lease.message;
+    }
+    return {
+      volume_uuid: volume.uuid,
+      pool_uuid: volume.pool.uuid,
+      device_path: volume.native.export.devicePath,
+      size_bytes: stats.sizeBytes.toString(),
+      epoch: volume.epoch.toString(),
+      frontend: volume.native.export.frontend,
+      state,
+      reason,
+      allocated_bytes: stats.allocatedBytes.toString(),
+      mapped_bytes: stats.mappedBytes.toString(),
+      memory_bytes: stats.memoryBytes.toString(),
+    };
+  }
+
+  get(uuid: string): OpenVolumeInfo {
+    const volume = this.#open.get(uuid);
+    if (volume === undefined) {
+      throw new HoldfastError('NOT_FOUND', `Volume ${uuid} is not open on this node. Stage it first.`);
+    }
+    return this.#info(volume);
+  }
+
+  list(): OpenVolumeInfo[] {
+    return [...this.#open.values()].map((volume) => this.#info(volume));
+  }
+
+  // ------------------------------------------------------------------------------------------ opening
+
+  open(
+    pool: HostedPool | undefined,
+    request: { poolUuid: string; volumeUuid: string; publishId: string; readOnly: boolean },
+  ): Promise<OpenVolumeResponse> {
+    return this.#locks.tryRun(`volume ${request.volumeUuid}`, async () => {
+      try {
+        return await this.#openLocked(pool, request);
+      } catch (error) {
+        throw fromNativeError(error);
+      }
+    });
+  }
+
+  #answer(volume: LocalVolume): OpenVolumeResponse {
+    return {
+      device_path: volume.native.export.devicePath,
+      size_bytes: volume.native.stats().sizeBytes.toString(),
+      epoch: volume.epoch.toString(),
+      frontend: volume.native.export.frontend,
+    };
+  }
+
+  async #openLocked(
+    pool: HostedPool | undefined,
+    request: { poolUuid: string; volumeUuid: string; publishId: string; readOnly: boolean },
+  ): Promise<OpenVolumeResponse> {
+    const uuid = request.volumeUuid;
+    let local = this.#open.get(uuid);
+    if (local !== undefined && (local.revoked || local.pool.dead)) {
+      await this.#detach(local);
+      local = undefined;
+    }
+    if (local !== undefined && local.publishId === request.publishId) return this.#answer(local);
+
+    const host = local?.pool ?? pool;
+    if (host === undefined || !host.ready || host.dead) {
+      throw new HoldfastError(
+        'UNAVAILABLE',
+        `This node is not a host on pool ${request.poolUuid}${host === undefined ? '' : `: ${host.lease.message || host.lease.state}`}. Check that the disk is attached here; it is joined by itself. \`holdfast node show\` tells more.`,
+      );
+    }
+    if (local === undefined && this.#open.size + this.#opening.size >= this.#maxVolumes) {
+      throw new HoldfastError(
+        'TOO_MANY',
+        `This node has ${this.#open.size} volumes open, and its limit is ${this.#maxVolumes}. Unstage one, or raise --max-volumes.`,
+      );
+    }
+    let grant: Grant__Output;
+    try {
+      grant = await this.#service.stageVolume({
+        host: host.host,
+        volume_uuid: uuid,
+        publish_id: request.publishId,
+        read_only: request.readOnly,
+      });
+    } catch (error) {
+      // Taken over with the service away: the grant stands on disk and nothing has revoked it.
+      if (local !== undefined && local.publishId === undefined && isTransient(error))
+        return this.#answer(local);
+      throw error;
+    }
+    const epoch = BigInt(grant.epoch);
+    if (local !== undefined) {
+      if (local.epoch === epoch) {
+        local.publishId = request.publishId;
+        return this.#answer(local);
+      }
+      throw new HoldfastError(
+        'STALE',
+        `Volume ${uuid} is open here under epoch ${local.epoch}, but its grant is ${epoch}. Unstage it, then stage it again.`,
+      );
+    }
+    if (epoch <= (this.#revokedEpochs.get(uuid) ?? -1n)) {
+      throw new HoldfastError(
+        'STALE',
+        `The grant of volume ${uuid} (epoch ${epoch}) was revoked. Publish it again.`,
+      );
+    }
+    return this.#openGranted(host, grant, request.publishId);
+  }
+
+  async #openGranted(pool: HostedPool, grant: Grant__Output, publishId: string): Promise<OpenVolumeResponse> {
+    const spec = specFromGrant(grant);
+    const uuid = spec.uuid;
+    const where = { volume: uuid, epoch: spec.epoch.toString() };
+    this.#opening.set(uuid, { pool, epoch: spec.epoch });
+    pool.warmUp();
+    let volume: LocalVolume;
+    try {
+      const native = await pool.native.openVolume(spec);
+      volume = this.#remember(pool, native, publishId);
+    } catch (error) {
+      this.#opening.delete(uuid);
+      this.#logger.error({ ...where, err: error }, `Volume ${uuid} cannot be opened: ${messageOf(error)}`);
+      // Nothing is open and nothing is in flight: the grant goes back, so that the next stage gets a newer epoch.
+      const entry = this.#pendingReturn(pool, spec.slot, uuid, spec.epoch, []);
+      this.#returns.put({ ...entry, state: 'closed' });
+      this.sendReturns();
+      throw error;
+    }
+    this.#opening.delete(uuid);
+    this.#logger.info({ ...where, device: volume.native.export.devicePath }, 'Opened a volume');
+    try {
+      await this.#service.volumeOpened({ host: pool.host, volume_uuid: uuid, epoch: grant.epoch });
+    } catch (error) {
+      if (!isTransient(error)) {
+        this.#logger.warn(where, `The metadata service refused the opening: ${messageOf(error)}`);
+        await volume.native.revoke();
+        volume.revoked = true;
+        await this.#detach(volume);
+        throw error;
+      }
+      // Offered or open is the same right; the next Hello says that it is open.
+    }
+    return this.#answer(volume);
+  }
+
+  // ------------------------------------------------------------------------------------------ closing
+
+  close(uuid: string): Promise<void> {
+    return this.#locks.tryRun(`volume ${uuid}`, async () => {
+      const volume = this.#open.get(uuid);
+      if (volume === undefined) {
+        if (this.#returns.has(uuid)) await this.#flushReturns(returnWaitMs);
+        return;
+      }
+      try {
+        if (volume.revoked || volume.pool.dead) await this.#detach(volume);
+        else await this.#closeAndReturn(volume);
+      } catch (error) {
+        if (nativeCode(error) === 'HF_BUSY') {
+          throw new HoldfastError(
+            'IN_USE',
+            `Volume ${uuid} is still in use on this node (${volume.native.export.devicePath} is mounted or held open): ${messageOf(error)}`,
+            { cause: error },
+          );
+        }
+        throw fromNativeError(error);
+      }
+    });
+  }
+
+  #pendingReturn(
+    pool: HostedPool,
+    slot: number,
+    uuid: string,
+    epoch: bigint,
+    claimed: readonly Slab[],
+  ): PendingReturn {
+    return {
+      volumeUuid: uuid,
+      poolUuid: pool.uuid,
+      hostId: pool.native.hostId,
+      generation: pool.host.generation,
+      epoch: epoch.toString(),
+      slot,
+      state: 'closing',
+      claimed: claimed.map(claimedToWire),
+    };
+  }
+
+  async #closeAndReturn(volume: LocalVolume): Promise<void> {
+    const { pool, uuid, native, epoch } = volume;
+    const volumeId = native.spec.volumeId;
+    const describe = (): PendingReturn =>
+      this.#pendingReturn(pool, native.spec.slot, uuid, epoch, pool.unreported(volumeId));
+    const closing = describe();
+    this.#returns.put(closing);
+    try {
+      await native.close();
+    } catch (error) {
+      this.#returns.remove(closing);
+      throw error;
+    }
+    this.#returns.put({ ...describe(), state: 'closed' });
+    pool.forgetClaims(volumeId);
+    this.#open.delete(uuid);
+    this.#logger.info({ volume: uuid, epoch: epoch.toString() }, 'Closed a volume');
+    await this.#flushReturns(returnWaitMs);
+    this.#onFreed();
+  }
+
+  async #detach(volume: LocalVolume): Promise<void> {
+    try {
+      await volume.native.detach();
+    } catch (error) {
+      if (nativeCode(error) !== 'HF_BUSY') throw error;
+      throw new HoldfastError(
+        'IN_USE',
+        `Volume ${volume.uuid} was fenced, and its dead device ${volume.native.export.devicePath} is still mounted or held open. Unmount it, then repeat: ${messageOf(error)}`,
+        { cause: error },
+      );
+    }
+    // A dead generation's slabs are read from their pages; nobody listens to its reports any more.
+    if (volume.pool.dead) volume.pool.forgetClaims(volume.native.spec.volumeId);
+    this.#open.delete(volume.uuid);
+    this.#logger.info({ volume: volume.uuid }, 'Took the device of a fenced volume away');
+    this.#onFreed();
+  }
+
+  // ------------------------------------------------------------------------------------------ returns
+
+  /** Sends what waits, in the background. */
+  sendReturns(): void {
+    if (this.#sending !== undefined || this.#returns.list().length === 0) return;
+    this.#sending = this.#sendAll().finally(() => {
+      this.#sending = undefined;
+    });
+  }
+
+  async #flushReturns(timeoutMs: number): Promise<void> {
+    if (this.#sending !== undefined) await this.#sending;
+    this.sendReturns();
+    let timer: NodeJS.Timeout | undefined;
+    const late = new Promise<void>((resolve) => {
+      timer = setTimeout(resolve, timeoutMs);
+    });
+    await Promise.race([this.#sending ?? Promise.resolve(), late]);
+    clearTimeout(timer);
+  }
+
+  async #sendAll(): Promise<void> {
+    for (const entry of this.#returns.list()) {
+      if (entry.state !== 'closed') continue;
+      const host = {
+        pool_uuid: entry.poolUuid,
+        node_id: this.#nodeId,
+        host_id: entry.hostId,
+        generation: entry.generation,
+      };
+      try {
+        await this.#service.returnVolume({
+          host,
+          volume_uuid: entry.volumeUuid,
+          epoch: entry.epoch,
+          claimed: entry.claimed,
+        });
+      } catch (error) {
+        if (isTransient(error)) {
+          this.#logger.info(
+            `The return of ${entry.volumeUuid} waits for the metadata service: ${messageOf(error)}`,
+          );
+          return;
+        }
+        this.#logger.warn(`The return of ${entry.volumeUuid} is not needed any more: ${messageOf(error)}`);
+      }
+      this.#returns.remove(entry);
+    }
+  }
+
+  // ------------------------------------------------------------------------------------------ growing
+
+  resize(uuid: string, atLeastBytes: bigint): Promise<bigint> {
+    return this.#locks.tryRun(`volume ${uuid}`, async () => {
+      const volume = this.#open.get(uuid);
+      if (volume === undefined) {
+        throw new HoldfastError('NOT_FOUND', `Volume ${uuid} is not open on this node. Stage it first.`);
+      }
+      const now = volume.native.stats().sizeBytes;
+      if (atLeastBytes !== 0n && now >= atLeastBytes) return now;
+      const size = BigInt((await this.#service.getVolume(uuid)).size_bytes);
+      if (size < atLeastBytes) {
+        throw new HoldfastError(
+          'OUT_OF_RANGE',
+          `Volume ${uuid} has ${size} bytes, fewer than the ${atLeastBytes} asked for. Expand it at the controller first.`,
+        );
+      }
+      await this.#grow(volume, size);
+      return volume.native.stats().sizeBytes;
+    });
+  }
+
+  /** The stream said that the volume is larger now. */
+  resized(uuid: string, sizeBytes: bigint): void {
+    const grown = this.#locks.run(`volume ${uuid}`, async () => {
+      const volume = this.#open.get(uuid);
+      if (volume !== undefined && !volume.revoked && !volume.pool.dead) await this.#grow(volume, sizeBytes);
+    });
+    grown.catch((error: unknown) =>
+      this.#logger.warn(`Volume ${uuid} could not grow: ${messageOf(error)}. NodeExpandVolume tries again.`),
+    );
+  }
+
+  async #grow(volume: LocalVolume, sizeBytes: bigint): Promise<void> {
+    if (volume.native.stats().sizeBytes >= sizeBytes) return;
+    try {
+      await volume.native.grow(sizeBytes);
+    } catch (error) {
+      throw fromNativeError(error);
+    }
+    this.#logger.info({ volume: volume.uuid, sizeBytes: sizeBytes.toString() }, 'A volume grew');
+  }
+
+  // ------------------------------------------------------------------------------------------ revoking
+
+  /** An order: after it this node issues no more I/O under `epoch`, and never opens under it. */
+  revoke(pool: HostedPool | undefined, uuid: string, epoch: bigint): Promise<RevokeResult> {
+    const already = this.#revokedEpochs.get(uuid) ?? -1n;
+    if (epoch > already) this.#revokedEpochs.set(uuid, epoch);
+    return this.#locks.run(`volume ${uuid}`, async () => {
+      const volume = this.#open.get(uuid);
+      if (volume === undefined) return await this.#revokeUnknown(pool, uuid, epoch);
+      if (volume.epoch > epoch) {
+        throw new HoldfastError(
+          'STALE',
+          `Volume ${uuid} is open here under epoch ${volume.epoch}, not ${epoch}.`,
+        );
+      }
+      if (!volume.revoked) {
+        await volume.native.revoke();
+        volume.revoked = true;
+        this.#logger.warn(
+          { volume: uuid, epoch: epoch.toString(), device: volume.native.export.devicePath },
+          'A volume was revoked: its device answers EIO from now on',
+        );
+      }
+      const claimed = volume.pool.unreported(volume.native.spec.volumeId).map(claimedToWire);
+      return { epoch: epoch.toString(), was_open: true, claimed };
+    });
+  }
+
+  /**
+   * Not open here. The next holder is told only of slabs that the service knows, so whatever this volume claimed before it
+   * was closed or detached must be known before the answer frees the grant.
+   */
+  async #revokeUnknown(pool: HostedPool | undefined, uuid: string, epoch: bigint): Promise<RevokeResult> {
+    const entry = this.#returns.list().find((e) => e.volumeUuid === uuid && e.epoch === epoch.toString());
+    if (entry !== undefined) return { epoch: epoch.toString(), was_open: true, claimed: entry.claimed };
+    if (pool !== undefined && !pool.dead && !(await pool.reported(reportWaitMs))) {
+      throw new HoldfastError(
+        'UNAVAILABLE',
+        `Volume ${uuid} is not open here, but slabs of this pool are still being reported. Repeat the order.`,
+      );
+    }
+    throw new UnknownVolume(uuid, epoch);
+  }
+}
