@@ -1,1 +1,2 @@
-export {};
+export * from './area.ts';
+export * from './wait.ts';
