@@ -75,7 +75,11 @@ class SlabStock {
   };
   // Takes one, preferring the neighbour of `near` (pages are then read in runs at open). False: none left; `waiter`
   // is posted to `executor` when there is one again or when the pool is declared full.
+  // `waiter` may be null: then nobody is told.
   virtual bool take(uint64_t near, Slab* out, Task* waiter, Executor* executor) = 0;
+  // Takes a waiter back, so that a volume can go away. True: it will not be posted. False: it has been posted already
+  // and runs (or ran).
+  virtual bool cancel(Task* waiter) = 0;
   // Puts an unclaimed slab back.
   virtual void put_back(Slab slab) = 0;
   // The metadata service said: no slabs left. Cleared by the next add().
@@ -117,6 +121,8 @@ struct VolumeEnvironment {
   VolumeObserver* observer = nullptr;
   PageArena* arena = nullptr;            // one per volume
   uint64_t full_timeout_ns = 60'000'000'000;
+  // How many chunks of each slab are put to use. Fewer than all only in simulations, so that slabs turn over quickly.
+  uint32_t chunks_per_slab = format::kChunksPerSlab;
 };
 
 class Volume {
