@@ -26,21 +26,23 @@ namespace holdfast {
 
 class VolumeGate;
 
-// Counts requests in and out, and tells when there are none. Any thread.
+// Counts requests in and out, and tells when there are none. Any thread. Destroyed when no thread is inside a call.
 class InFlight {
  public:
-  void enter() { count_.fetch_add(1, std::memory_order_seq_cst); }
+  void enter() { word_.fetch_add(kOne, std::memory_order_seq_cst); }
   void leave() {
-    if (count_.fetch_sub(1, std::memory_order_seq_cst) == 1 && waiting_.load(std::memory_order_seq_cst)) fire();
+    // Nothing is touched after the count went to zero without a waiter: the owner may be gone by then.
+    if (word_.fetch_sub(kOne, std::memory_order_seq_cst) == (kOne | kWaiting)) fire();
   }
-  uint64_t count() const { return count_.load(std::memory_order_seq_cst); }
+  uint64_t count() const { return word_.load(std::memory_order_seq_cst) / kOne; }
   // Runs `idle` once, as soon as the count is zero: at once on this thread, or on the one that takes it to zero.
   void when_idle(std::function<void()> idle);
 
  private:
+  static constexpr uint64_t kWaiting = 1;  // somebody waits for zero
+  static constexpr uint64_t kOne = 2;      // the count is in the other bits
   void fire();
-  std::atomic<uint64_t> count_{0};
-  std::atomic<bool> waiting_{false};
+  std::atomic<uint64_t> word_{0};
   std::mutex mutex_;
   std::vector<std::function<void()>> waiters_;
 };
@@ -94,7 +96,6 @@ class PoolGate {
   friend class VolumeGate;
   void add(VolumeGate* volume);
   void remove(VolumeGate* volume);
-  void release_all();
 
   std::function<uint64_t()> now_ns_;
   std::atomic<uint64_t> deadline_ns_{0};
@@ -128,7 +129,8 @@ class VolumeGate {
   struct Queue;  // the held requests of one executor
 
   Verdict look(uint64_t now_ns) const;
-  void park(BlockDevice* device, IoRequest* request);
+  // False: the gate is open again, and the request was not taken.
+  bool park(IoRequest* request, Executor* executor);
   void release();  // posts every executor that has held requests
   static void run_queue(Task* task);
 
@@ -149,6 +151,9 @@ class GatedDevice final : public BlockDevice {
   void submit(IoRequest* request) override;
 
  private:
+  friend class VolumeGate;
+  bool pass(IoRequest* request, Executor* executor, bool* refused);
+  void resume(IoRequest* request);  // on its executor, out of a queue
   static void finished(IoRequest* request, int error);
   BlockDevice& inner_;
   VolumeGate& gate_;

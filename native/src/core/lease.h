@@ -45,7 +45,7 @@ struct LeaseEnvironment {
 };
 
 struct LeaseOutcome {
-  LeaseState state = LeaseState::kHeld;
+  LeaseState state = LeaseState::kHeld;  // kValid also after a failed renewal, while the last one still holds
   uint64_t deadline_ns = 0;     // I/O may be issued before it. Never moves back; a failed renewal leaves it.
   bool gap = false;             // the lease had run out before this renewal
   Authority authority;          // as read in this renewal; only when `status` is ok
@@ -72,22 +72,26 @@ class Lease {
 
  private:
   struct Slot;
-  LeaseOutcome held(Status why, bool gap);
-  LeaseOutcome fence(Status why);
+  Status look_for_fence();
   Status read_slot(Slot* slot);
+  Status judge_slot(const Slot& slot);
   Status write_slot(const Slot& slot, format::HeartbeatState state);
-  bool is_ours(const format::HeartbeatPage& page) const;
+  Status write_heartbeat(Slot* slot);
+  LeaseOutcome not_extended(Status why, bool gap);
+  LeaseOutcome fence(Status why);
 
-  LeaseOptions options_;
-  LeaseEnvironment environment_;
-  uint64_t lease_ns_;
+  const LeaseOptions options_;
+  const LeaseEnvironment environment_;
+  const uint64_t lease_ns_;
   LeaseState state_ = LeaseState::kHeld;
   uint64_t deadline_ns_ = 0;
-  bool joined_ = false;
+  bool joined_ = false;         // a heartbeat of ours was written and acknowledged
+  bool foreign_ = false;        // the slot showed somebody else's: "stopped" would be said of them too
   Status fenced_why_;
-  // Nonces that the slot may show: of the last two heartbeats written, whether or not the device said they were.
-  uint64_t nonces_[2] = {0, 0};
-  uint64_t last_sequence_ = 0;
+  // Nonces by which we know our own heartbeats; 0: none.
+  uint64_t acknowledged_ = 0;   // of the last that the device said it wrote
+  uint64_t previous_ = 0;       // of the one before
+  uint64_t pending_ = 0;        // of one whose outcome is unknown: used again until it is acknowledged
 };
 
 }  // namespace holdfast

@@ -1,0 +1,194 @@
+// Slabs as the control plane sees them: whose they are by their pages, and giving a deleted volume's back; see
+// records.h.
+#include <algorithm>
+
+#include "records.h"
+
+namespace holdfast {
+namespace {
+
+using format::kPageSize;
+using format::SlabPage;
+using format::Superblock;
+
+constexpr uint32_t kPairsPerRead = 512;  // 4 MiB
+
+Status check_run(const Superblock& s, const SlabRun& run) {
+  if (run.first < s.slab_count && run.count <= s.slab_count - run.first) return {};
+  return {Code::kInvalidArgument, "slabs " + std::to_string(run.first) + " to " +
+                                      std::to_string(run.first + run.count - 1) + " are past the pool's " +
+                                      std::to_string(s.slab_count) + " slabs"};
+}
+
+// Reads the page pairs of a run, as many at once as lie side by side, and hands each to `visit`.
+template <typename Visit>
+Status for_each_pair(SyncDevice& device, const Superblock& s, const SlabRun& run, PageBuffer* buffer, Visit visit) {
+  uint64_t slab = run.first;
+  const uint64_t end = run.first + run.count;
+  while (slab < end) {
+    const uint64_t in_region = format::kSlabsPerRegion - slab % format::kSlabsPerRegion;
+    const uint64_t count = std::min({end - slab, in_region, uint64_t{kPairsPerRead}});
+    const uint64_t offset = slab_page_offset(s, slab);
+    if (Status status = device.read(offset, buffer->data(), count * format::kSlabPairSize); !status.ok()) return status;
+    for (uint64_t i = 0; i < count; i++) {
+      auto& a = buffer->at<SlabPage>(i * format::kSlabPairSize);
+      auto& b = buffer->at<SlabPage>(i * format::kSlabPairSize + kPageSize);
+      visit(slab + i, a, b, choose_slab(a, b, s.header.pool, offset + i * format::kSlabPairSize));
+    }
+    slab += count;
+  }
+  return {};
+}
+
+SlabOwner owner_of(uint64_t slab, const SlabPage& a, const SlabPage& b, const Copies& copies) {
+  SlabOwner owner;
+  owner.slab = slab;
+  if (copies.bad()) {
+    owner.state = SlabOwner::State::kBad;
+  } else if (copies.valid()) {
+    const SlabPage& page = copies.newest == 0 ? a : b;
+    owner.layer_id = page.layer_id;
+    owner.volume_id = page.volume_id;
+    owner.generation = page.generation;
+    owner.state = page.layer_id == 0 ? SlabOwner::State::kFree : SlabOwner::State::kClaimed;
+  }
+  return owner;
+}
+
+// Contiguous slabs [first, first + count) of one region: pages freed in one write.
+struct Stretch {
+  uint64_t first;
+  uint32_t count;
+};
+
+class Wiper {
+ public:
+  Wiper(SyncDevice& device, const Superblock& s) : device_(device), s_(s), buffer_(kPairsPerRead * 2 * kPageSize) {}
+
+  // Both copies say "free" before any data goes, and the data is gone before the caller hears of it.
+  Status wipe(const WipeLayer& layer) {
+    for (const SlabRun& run : layer.slabs) {
+      if (Status status = free_pages(layer.layer_id, run); !status.ok()) return status;
+    }
+    if (Status status = device_.flush(); !status.ok()) return status;
+    for (const Stretch& stretch : stretches_) {
+      const uint64_t length = uint64_t{stretch.count} * format::kSlabSize;
+      if (Status status = device_.discard(slab_data_offset(s_, stretch.first), length); !status.ok()) return status;
+    }
+    stretches_.clear();
+    return {};
+  }
+
+  const std::string& left_alone() const { return left_alone_; }
+
+ private:
+  Status free_pages(uint64_t layer_id, const SlabRun& run) {
+    PageBuffer out(2 * kPageSize);
+    Status written;
+    Status read = for_each_pair(device_, s_, run, &buffer_, [&](uint64_t slab, SlabPage& a, SlabPage& b, Copies copies) {
+      if (!written.ok()) return;
+      const SlabOwner owner = owner_of(slab, a, b, copies);
+      const bool later = owner.generation > run.generation;
+      if (later || (owner.state == SlabOwner::State::kClaimed && owner.layer_id != layer_id)) {
+        left_alone_ += (left_alone_.empty() ? "" : "; ") + std::string("slab ") + std::to_string(slab) + " says layer " +
+                       std::to_string(owner.layer_id) + ", generation " + std::to_string(owner.generation);
+        return;
+      }
+      if (!copies.blank()) written = free_page(slab, run.generation, copies.valid() ? newest(a, b, copies) : 0, &out);
+      remember(slab);
+    });
+    return read.ok() ? written : read;
+  }
+
+  static uint64_t newest(const SlabPage& a, const SlabPage& b, const Copies& copies) {
+    return (copies.newest == 0 ? a : b).header.sequence;
+  }
+
+  Status free_page(uint64_t slab, uint64_t generation, uint64_t sequence, PageBuffer* out) {
+    const uint64_t offset = slab_page_offset(s_, slab);
+    for (uint64_t copy = 0; copy < 2; copy++) {
+      auto& page = out->at<SlabPage>(copy * kPageSize);
+      make_free_slab_page(&page, generation);
+      seal(page, s_.header.pool, offset + copy * kPageSize, sequence + 1);
+    }
+    return device_.write(offset, out->data(), out->size());
+  }
+
+  void remember(uint64_t slab) {
+    if (!stretches_.empty() && stretches_.back().first + stretches_.back().count == slab &&
+        slab % format::kSlabsPerRegion != 0) {
+      stretches_.back().count++;
+    } else {
+      stretches_.push_back({slab, 1});
+    }
+  }
+
+  SyncDevice& device_;
+  const Superblock& s_;
+  PageBuffer buffer_;
+  std::vector<Stretch> stretches_;
+  std::string left_alone_;
+};
+
+}  // namespace
+
+Result<std::vector<SlabOwner>> scan_slabs(SyncDevice& device, const Superblock& s, const std::vector<SlabRun>& runs) {
+  std::vector<SlabOwner> owners;
+  PageBuffer buffer(kPairsPerRead * 2 * kPageSize);
+  for (const SlabRun& run : runs) {
+    if (Status status = check_run(s, run); !status.ok()) return status;
+    Status status = for_each_pair(device, s, run, &buffer, [&](uint64_t slab, SlabPage& a, SlabPage& b, Copies copies) {
+      owners.push_back(owner_of(slab, a, b, copies));
+    });
+    if (!status.ok()) return status;
+  }
+  return owners;
+}
+
+void make_free_slab_page(SlabPage* page, uint64_t generation) {
+  *page = SlabPage{};
+  page->generation = generation;
+  for (auto& entry : page->entries) entry = {format::kNoChunk, 0, 0};
+}
+
+Status wipe_volume(SyncDevice& device, const Superblock& s, const WipeRequest& request) {
+  if (request.volume_id == 0) return {Code::kInvalidArgument, "volume ids begin at 1"};
+  for (const WipeLayer& layer : request.layers) {
+    if (layer.layer_id == 0) return {Code::kInvalidArgument, "layer ids begin at 1"};
+    for (const SlabRun& run : layer.slabs) {
+      if (Status status = check_run(s, run); !status.ok()) return status;
+    }
+  }
+  Result<std::optional<VolumeRecordInfo>> volume = read_volume_record(device, s, request.slot);
+  if (!volume.ok()) return volume.status;
+  // A slot that never saw this volume: it was never opened, and there is nothing to say about it.
+  if (volume->has_value() && (*volume)->volume_id == request.volume_id) {
+    if ((*volume)->epoch > request.closed_epoch) {
+      return {Code::kStale, "volume " + std::to_string(request.volume_id) + " was opened again since the epoch that the "
+                            "deletion names; nothing was deleted"};
+    }
+    if ((*volume)->state != format::VolumeState::kDeleted) {
+      format::VolumeRecord record = (*volume)->record;
+      record.state = format::VolumeState::kDeleted;
+      record.header.flags = 0;
+      if (Status status = write_volume_record(device, s, request.slot, record); !status.ok()) return status;
+    }
+  }
+  Wiper wiper(device, s);
+  for (const WipeLayer& layer : request.layers) {
+    Result<std::optional<LayerRecordInfo>> found = read_layer_record(device, s, layer.slot);
+    if (!found.ok()) return found.status;
+    if (found->has_value() && (*found)->layer_id == layer.layer_id &&
+        (*found)->state != format::LayerState::kDeleted) {
+      format::LayerRecord record = (*found)->record;
+      record.state = format::LayerState::kDeleted;
+      if (Status status = write_layer_record(device, s, layer.slot, record); !status.ok()) return status;
+    }
+    if (Status status = wiper.wipe(layer); !status.ok()) return status;
+  }
+  if (wiper.left_alone().empty()) return {};
+  return {Code::kStale, "volume " + std::to_string(request.volume_id) + " was deleted, but some of the slabs named "
+                        "with it are somebody else's and were left alone: " + wiper.left_alone()};
+}
+
+}  // namespace holdfast
