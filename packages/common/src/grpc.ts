@@ -154,20 +154,39 @@ type UnaryMethod<Req, Res> = (
   callback: (error: ServiceError | null, response?: Res) => void,
 ) => { cancel(): void };
 
+export interface CallOptions {
+  timeoutMs?: number;
+  signal?: AbortSignal;
+  metadata?: Metadata;
+}
+
 /**
  * One unary call as a promise: `await call(client, client.CreateVolume, request, { timeoutMs })`.
- * Rejects with the HoldfastError that the server threw.
+ * Rejects with the HoldfastError that the server threw. The answer's type comes from the generated client's method.
  */
 export function call<Req, Res>(
   client: object,
-  method: UnaryMethod<Req, Res> | ((...args: never[]) => unknown),
-  request: Req,
-  options: { timeoutMs?: number; signal?: AbortSignal; metadata?: Metadata } = {},
+  method: (request: Req, callback: (error: ServiceError | null, response?: Res) => void) => unknown,
+  request: NoInfer<Req>,
+  options?: CallOptions,
+): Promise<Res>;
+/** A method whose type is not known here: the answer's type is the caller's word. */
+export function call<Res>(
+  client: object,
+  method: (...args: never[]) => unknown,
+  request: object,
+  options?: CallOptions,
+): Promise<Res>;
+export function call<Res>(
+  client: object,
+  method: (...args: never[]) => unknown,
+  request: unknown,
+  options: CallOptions = {},
 ): Promise<Res> {
   return new Promise((resolve, reject) => {
     const deadline =
       options.timeoutMs === undefined ? {} : { deadline: new Date(Date.now() + options.timeoutMs) };
-    const active = (method as UnaryMethod<Req, Res>).call(
+    const active = (method as unknown as UnaryMethod<unknown, Res>).call(
       client,
       request,
       options.metadata ?? new Metadata(),

@@ -221,7 +221,8 @@ export class MetadataConnection {
     const backoff = new Backoff(50, 500);
     for (let attempt = 1; ; attempt++) {
       try {
-        return await this.#unary((options) => call(this.#agents, this.#agents[name], named, options));
+        const method: (...args: never[]) => unknown = this.#agents[name];
+        return await this.#unary((options) => call<Res>(this.#agents, method, named, options));
       } catch (error) {
         if (attempt >= attempts || !isTransient(error)) throw error;
         await sleep(backoff.next(), this.#stop.signal);
