@@ -1,0 +1,114 @@
+/** holdfast volume: list, show. Volumes are made and deleted by CSI. */
+import type { Volume__Output } from '@holdfast/proto';
+import type { Command } from 'commander';
+import { globals, withMetadata } from '../context.ts';
+import { age, camelKeys, enumWord, formatBytes, printJson, properties, table } from '../output.ts';
+
+/** The stable JSON shape of a volume. */
+export function volumeView(volume: Volume__Output): Record<string, unknown> {
+  return {
+    handle: `${volume.pool_uuid}/${volume.uuid}`,
+    ...(camelKeys(volume) as Record<string, unknown>),
+    state: volume.state.toLowerCase(),
+    grant: enumWord('GRANT_STATE', volume.grant),
+    publications: volume.publications.map((publication) => ({
+      ...(camelKeys(publication) as Record<string, unknown>),
+      accessMode: enumWord('ACCESS_MODE', publication.access_mode),
+    })),
+  };
+}
+
+async function list(_flags: unknown, command: Command): Promise<void> {
+  const volumes = await withMetadata(command, (api) => api.volumes());
+  if (globals(command).output === 'json') {
+    printJson(volumes.map(volumeView));
+    return;
+  }
+  if (volumes.length === 0) {
+    console.log('There are no volumes.');
+    return;
+  }
+  console.log(
+    table(
+      ['NAME', 'UUID', 'SIZE', 'ALLOCATED', 'STATE', 'GRANT', 'PUBLISHED TO', 'AGE'],
+      volumes.map((volume) => [
+        volume.name,
+        volume.uuid,
+        formatBytes(volume.size_bytes),
+        formatBytes(volume.allocated_bytes),
+        volume.state.toLowerCase(),
+        volume.granted_node_id === ''
+          ? enumWord('GRANT_STATE', volume.grant)
+          : `${enumWord('GRANT_STATE', volume.grant)} ${volume.granted_node_id}`,
+        volume.publications.map((p) => p.node_id).join(', ') || '-',
+        age(volume.created_unix_ms),
+      ]),
+    ),
+  );
+}
+
+async function show(word: string, _flags: unknown, command: Command): Promise<void> {
+  const volume = await withMetadata(command, (api) => api.volume(word));
+  if (globals(command).output === 'json') {
+    printJson(volumeView(volume));
+    return;
+  }
+  console.log(
+    properties([
+      ['Name', volume.name],
+      ['Handle', `${volume.pool_uuid}/${volume.uuid}`],
+      ['Volume id', `${volume.volume_id} (slot ${volume.slot})`],
+      ['State', volume.state.toLowerCase()],
+      ['Size', `${formatBytes(volume.size_bytes)}, ${formatBytes(volume.allocated_bytes)} allocated`],
+      ['Epoch', `${BigInt(volume.epoch) >> 40n}/${BigInt(volume.epoch) & ((1n << 40n) - 1n)}`],
+      [
+        'Grant',
+        `${enumWord('GRANT_STATE', volume.grant)}${volume.granted_node_id === '' ? '' : ` at ${volume.granted_node_id}`}`,
+      ],
+      [
+        'Parameters',
+        Object.entries(volume.parameters)
+          .map(([k, v]) => `${k}=${v}`)
+          .join(', ') || '-',
+      ],
+      ['Age', age(volume.created_unix_ms)],
+    ]),
+  );
+  if (volume.publications.length > 0) {
+    console.log();
+    console.log(
+      table(
+        ['PUBLISHED TO', 'MODE', 'READ ONLY', 'STAGED', 'SINCE', 'PUBLISH ID'],
+        volume.publications.map((p) => [
+          p.node_id,
+          enumWord('ACCESS_MODE', p.access_mode),
+          p.read_only ? 'yes' : 'no',
+          p.staged ? 'yes' : 'no',
+          age(p.since_unix_ms),
+          p.publish_id,
+        ]),
+      ),
+    );
+  }
+  if (volume.layers.length > 0) {
+    console.log();
+    console.log(
+      table(
+        ['LAYER', 'PARENT', 'FROZEN', 'SIZE', 'SLABS'],
+        volume.layers.map((layer) => [
+          layer.layer_id,
+          layer.parent_layer_id === '0' ? '-' : layer.parent_layer_id,
+          layer.frozen ? 'yes' : 'no',
+          formatBytes(layer.size_bytes),
+          String(layer.slabs.reduce((sum, run) => sum + run.count, 0)),
+        ]),
+      ),
+    );
+  }
+}
+
+export function addVolumeCommands(program: Command): void {
+  const volume = program.command('volume').description('volumes (made and deleted by CSI)');
+  volume.command('list').alias('ls').description('all volumes').action(list);
+  volume.command('show <volume>').description('one volume, by name, UUID or handle').action(show);
+}
