@@ -1,0 +1,104 @@
+/** Nodes on pools: joining, dying, and what both do to grants. Every step of the host machine goes through applyHost(). */
+import { HoldfastError } from '@holdfast/common';
+import { audit, requireAuthority, requireLife, requirePool, stale, type Decision } from './decision.ts';
+import { stepHost, type Death, type HostEvent, type HostOutcome } from './host.ts';
+import { tables, type HostLife, type HostRecord, type PoolRecord } from './records.ts';
+import { orphanAhead } from './slabs.ts';
+import { voidGrants } from './grants.ts';
+
+export function lifeOf(host: HostRecord): HostLife {
+  return { hostId: host.hostId, generation: host.generation, nodeId: host.nodeId };
+}
+
+/** A node's slot on a pool, whatever its state. */
+export function hostOfNode(d: Pick<Decision, 'tx'>, poolUuid: string, nodeId: string): HostRecord | undefined {
+  return tables.host.list(d.tx, [poolUuid]).find((host) => host.nodeId === nodeId);
+}
+
+/** Steps the machine and stores the outcome: the record, the audit, and for a death the void grants, in one transaction. */
+export function applyHost(d: Decision, pool: PoolRecord, hostId: number, event: HostEvent): HostOutcome {
+  const before = tables.host.get(d.tx, pool.uuid, hostId);
+  const outcome = stepHost(before, event, {
+    poolUuid: pool.uuid,
+    hostId,
+    fencing: pool.fencing,
+    nowUnixMs: d.nowUnixMs,
+  });
+  if (outcome.type === 'stale') return outcome;
+  if (outcome.died !== undefined) bury(d, pool, hostId, outcome.died);
+  tables.host.put(d.tx, outcome.next, pool.uuid, hostId);
+  if (outcome.audit !== 'dead') {
+    audit(d, outcome.audit, {
+      poolUuid: pool.uuid,
+      nodeId: outcome.next.nodeId,
+      generation: outcome.next.generation,
+      detail: outcome.alarm ?? outcome.next.fence?.reason ?? '',
+    });
+  }
+  return outcome;
+}
+
+function bury(d: Decision, pool: PoolRecord, hostId: number, death: Death): void {
+  audit(d, 'dead', {
+    poolUuid: pool.uuid,
+    nodeId: death.nodeId,
+    generation: death.generation,
+    proof: death.proof,
+  });
+  voidGrants(d, pool.uuid, hostId, death);
+  orphanAhead(d.tx, pool, { hostId, ...death });
+}
+
+export interface JoinRequest {
+  poolUuid: string;
+  nodeId: string;
+  machineId: string;
+  bootId: string;
+  lockPath: string;
+  previousIoDead: boolean;
+}
+
+/** A node joins a pool: its old slot if it has one, else a slot never used, else one whose last owner is long dead. */
+export function joinPool(d: Decision, request: JoinRequest): HostRecord {
+  const pool = requirePool(d, request.poolUuid);
+  requireAuthority(d, pool);
+  for (const [name, value] of Object.entries({ machine_id: request.machineId, boot_id: request.bootId })) {
+    if (value === '') throw new HoldfastError('INVALID_ARGUMENT', `JoinPool needs ${name}: it identifies the machine.`);
+  }
+  const outcome = applyHost(d, pool, slotFor(d, pool, request.nodeId), { type: 'join', ...request });
+  if (outcome.type === 'stale') {
+    throw new HoldfastError('FAILED_PRECONDITION', `${request.nodeId} cannot join pool ${pool.name}: ${outcome.why}.`);
+  }
+  return outcome.next;
+}
+
+function slotFor(d: Decision, pool: PoolRecord, nodeId: string): number {
+  const hosts = tables.host.list(d.tx, [pool.uuid]);
+  const own = hosts.find((host) => host.nodeId === nodeId);
+  if (own !== undefined) return own.hostId;
+  const used = new Set(hosts.map((host) => host.hostId));
+  for (let hostId = 0; hostId < pool.hostSlots; hostId++) if (!used.has(hostId)) return hostId;
+  const oldest = hosts
+    .filter((host) => host.state === 'DEAD' && tables.orphan.list(d.tx, [pool.uuid, host.hostId]).length === 0)
+    .sort((a, b) => a.sinceUnixMs - b.sinceUnixMs)[0];
+  if (oldest === undefined) {
+    throw new HoldfastError(
+      'TOO_MANY',
+      `All ${pool.hostSlots} host slots of pool ${pool.name} belong to living nodes. Fence or shut down one of them.`,
+    );
+  }
+  return oldest.hostId;
+}
+
+export function poolReady(d: Decision, poolUuid: string, life: HostLife): void {
+  const pool = requirePool(d, poolUuid);
+  const host = requireLife(d, poolUuid, life);
+  if (host.state === 'LIVE') return;
+  const outcome = applyHost(d, pool, life.hostId, {
+    type: 'ready',
+    generation: life.generation,
+    // Reservations, the one class that has something to prove here, are refused when the pool is first seen.
+    classProved: pool.fencing !== 'reservations',
+  });
+  if (outcome.type === 'stale') throw stale(outcome.why);
+}

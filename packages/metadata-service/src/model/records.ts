@@ -1,0 +1,283 @@
+/**
+ * What the metadata service remembers, record by record, and under which key. Ids, epochs, generations and byte counts
+ * are bigint; slab numbers are numbers (a pool has fewer than 2^53 slabs by far). Types, not interfaces: only those are
+ * store values without an index signature, which would let a misspelt field compile.
+ */
+import type { Snapshot, Transaction, Value } from '../store/store.ts';
+
+export type FencingClass = 'reservations' | 'manual' | 'lease-only' | 'loop';
+
+/** One for the store. */
+export type ServiceRecord = {
+  storeId: string;
+  /** Grows with every restore or rebuild of the store; the upper part of every epoch. */
+  incarnation: bigint;
+  /** Grows with every start of the service. */
+  term: bigint;
+};
+
+export type PoolGeometry = {
+  uuid: string;
+  name: string;
+  /** Identity of the device: another device with the same UUID is a copy, and refused. */
+  wwid: string;
+  fencing: FencingClass;
+  slabSize: number;
+  slabCount: number;
+  volumeSlots: number;
+  layerSlots: number;
+  hostSlots: number;
+  renewIntervalMs: number;
+  leaseMs: number;
+  drainMs: number;
+};
+
+export type PoolRecord = PoolGeometry & {
+  /** CLAIMING: the authority page was never ours yet. */
+  state: 'CLAIMING' | 'ACTIVE';
+  /** What we last wrote to the authority page and read back. Nothing is granted unless it is this service's term. */
+  claimed: Authority | null;
+  nextVolumeId: bigint;
+  nextLayerId: bigint;
+  nextSlabGeneration: bigint;
+  slabsFree: number;
+  slabsAhead: number;
+  provisionedBytes: bigint;
+};
+
+export type Authority = {
+  incarnation: bigint;
+  term: bigint;
+};
+
+export type NodeRecord = {
+  nodeId: string;
+  name: string;
+  machineId: string;
+  bootId: string;
+  version: string;
+  maxVolumes: number;
+  lastSeenUnixMs: number;
+};
+
+/** One life of a node on a pool. */
+export type HostLife = {
+  hostId: number;
+  generation: bigint;
+  nodeId: string;
+};
+
+export type HostState = 'JOINING' | 'LIVE' | 'FENCING' | 'CUTTING' | 'DEAD';
+
+/** A host slot. The fencing identity in it was recorded at join; nothing is looked up when fencing. */
+export type HostRecord = {
+  poolUuid: string;
+  nodeId: string;
+  hostId: number;
+  generation: bigint;
+  state: HostState;
+  machineId: string;
+  bootId: string;
+  lockPath: string;
+  sinceUnixMs: number;
+  /** FENCING and CUTTING. */
+  fence: FenceIntent | null;
+  /** DEAD: what showed it. */
+  proof: string;
+};
+
+export type FenceIntent = {
+  reason: string;
+  /** CUTTING: who made the page durable. */
+  fencer: HostLife | null;
+  /** A person's word that the machine is off, given before the page was durable; empty: none. */
+  confirmedBy: string;
+  /** How often a heartbeat was seen that began after the page was durable. */
+  alarms: number;
+};
+
+/** A run of slabs of one generation. */
+export type SlabRun = {
+  first: number;
+  count: number;
+  generation: bigint;
+};
+
+/** Slabs that a host holds and that no layer has claimed. */
+export type AheadRecord = {
+  generation: bigint;
+  runs: SlabRun[];
+};
+
+/** Slabs that a dead host held ahead: nobody knows yet which of them its volumes claimed. */
+export type OrphanRecord = {
+  nodeId: string;
+  runs: SlabRun[];
+  /** Both copies of the page fail their check: no volume of that life is granted while one is here. */
+  bad: SlabRun[];
+};
+
+export type GrantState = 'FREE' | 'OFFERED' | 'OPEN' | 'REVOKING';
+
+export type GrantRecord = {
+  state: GrantState;
+  /** Of the grant; FREE: of the last one. 0: never granted. */
+  epoch: bigint;
+  /** FREE: who held it last. */
+  holder: HostLife | null;
+  publishId: string;
+  readOnly: boolean;
+};
+
+export type AccessMode =
+  | 'SINGLE_NODE_WRITER'
+  | 'SINGLE_NODE_READER_ONLY'
+  | 'MULTI_NODE_READER_ONLY'
+  | 'SINGLE_NODE_SINGLE_WRITER'
+  | 'SINGLE_NODE_MULTI_WRITER';
+
+export type PublicationRecord = {
+  publishId: string;
+  nodeId: string;
+  accessMode: AccessMode;
+  readOnly: boolean;
+  /** A grant was given under it. */
+  staged: boolean;
+  /** Unpublish was asked for: it goes when the grant is free. */
+  ending: boolean;
+  sinceUnixMs: number;
+};
+
+export type VolumeRecord = {
+  uuid: string;
+  volumeId: bigint;
+  name: string;
+  poolUuid: string;
+  slot: number;
+  sizeBytes: bigint;
+  parameters: Record<string, string>;
+  state: 'READY' | 'DELETING';
+  topLayerId: bigint;
+  grant: GrantRecord;
+  publication: PublicationRecord | null;
+  createdUnixMs: number;
+};
+
+export type LayerRecord = {
+  layerId: bigint;
+  slot: number;
+  parentLayerId: bigint;
+  birth: bigint;
+  sizeBytes: bigint;
+  frozen: boolean;
+  /** The volume it was born as the top of. */
+  volumeUuid: string;
+  slabCount: number;
+};
+
+export type AuditEntry = {
+  sequence: bigint;
+  atUnixMs: number;
+  event: string;
+  poolUuid: string;
+  volumeUuid: string;
+  nodeId: string;
+  epoch: bigint;
+  generation: bigint;
+  proof: string;
+  detail: string;
+};
+
+/** The first answer to a request id. */
+export type AnswerRecord = {
+  method: string;
+  /** Of the request: the same id for another request is a mistake of the caller. */
+  digest: string;
+  answer: Value;
+  atUnixMs: number;
+};
+
+type Part = string | number | bigint;
+
+/** Numbers are padded, so that keys stand in the order of their numbers; texts are escaped, so that no text has a slash. */
+function part(value: Part): string {
+  return typeof value === 'string' ? encodeURIComponent(value) : value.toString().padStart(20, '0');
+}
+
+/** All records of one kind: `<name>/<part>/<part>`. */
+export class Table<T extends Value, K extends readonly Part[]> {
+  readonly #name: string;
+  constructor(name: string) {
+    this.#name = name;
+  }
+  key(...parts: K): string {
+    return `${this.#name}/${parts.map(part).join('/')}`;
+  }
+  get(tx: Snapshot, ...parts: K): T | undefined {
+    return tx.get(this.key(...parts)) as T | undefined;
+  }
+  put(tx: Transaction, value: T, ...parts: K): void {
+    tx.put(this.key(...parts), value);
+  }
+  delete(tx: Transaction, ...parts: K): void {
+    tx.delete(this.key(...parts));
+  }
+  /** Those whose first parts are `parts`. */
+  list(
+    tx: Snapshot,
+    parts: readonly Part[] = [],
+    options: { after?: readonly Part[]; limit?: number; reverse?: boolean } = {},
+  ): T[] {
+    return this.entries(tx, parts, options).map(([, value]) => value);
+  }
+  entries(
+    tx: Snapshot,
+    parts: readonly Part[] = [],
+    {
+      after,
+      ...options
+    }: { after?: readonly Part[] | undefined; limit?: number; reverse?: boolean } = {},
+  ): [parts: string[], value: T][] {
+    const prefix = `${[this.#name, ...parts.map(part)].join('/')}/`;
+    return tx
+      .scan(prefix, {
+        ...options,
+        ...(after === undefined ? {} : { after: `${this.#name}/${after.map(part).join('/')}` }),
+      })
+      .map(([key, value]) => [key.split('/').slice(1).map(decodeURIComponent), value as T]);
+  }
+}
+
+export const tables = {
+  service: new Table<Value, readonly [string]>('service'),
+  counter: new Table<bigint, readonly [string]>('counter'),
+  pool: new Table<PoolRecord, readonly [pool: string]>('pool'),
+  node: new Table<NodeRecord, readonly [node: string]>('node'),
+  host: new Table<HostRecord, readonly [pool: string, host: number]>('host'),
+  volume: new Table<VolumeRecord, readonly [uuid: string]>('volume'),
+  volumeName: new Table<string, readonly [name: string]>('volume-name'),
+  /** Volumes that are not FREE, by their holder. */
+  held: new Table<true, readonly [pool: string, host: number, volume: string]>('held'),
+  /** Publications by node. */
+  published: new Table<true, readonly [node: string, volume: string]>('published'),
+  /** Volumes whose slabs wait to be wiped. */
+  deleting: new Table<true, readonly [pool: string, volume: string]>('deleting'),
+  layer: new Table<LayerRecord, readonly [pool: string, layer: bigint]>('layer'),
+  /** A layer's slabs, region by region. */
+  slabs: new Table<SlabRun[], readonly [pool: string, layer: bigint, region: number]>('slabs'),
+  /** A bit for each slab of a region, set: not free. Absent: all free. Base64. */
+  region: new Table<string, readonly [pool: string, region: number]>('region'),
+  /** Free slabs and longest free run of every region. Base64 of u16 pairs. */
+  regions: new Table<string, readonly [pool: string]>('regions'),
+  /** A bit for each slot, set: in use. Base64. */
+  slots: new Table<string, readonly [pool: string, kind: 'volume' | 'layer']>('slots'),
+  ahead: new Table<AheadRecord, readonly [pool: string, host: number]>('ahead'),
+  orphan: new Table<OrphanRecord, readonly [pool: string, host: number, generation: bigint]>('orphan'),
+  /** Slabs that must not be used again: their pages are bad or name a layer that nobody knows. */
+  quarantine: new Table<SlabRun[], readonly [pool: string]>('quarantine'),
+  audit: new Table<AuditEntry, readonly [sequence: bigint]>('audit'),
+  auditVolume: new Table<true, readonly [volume: string, sequence: bigint]>('audit-volume'),
+  auditNode: new Table<true, readonly [node: string, sequence: bigint]>('audit-node'),
+  answer: new Table<AnswerRecord, readonly [request: string]>('answer'),
+  answerOrder: new Table<string, readonly [sequence: bigint]>('answer-order'),
+} as const;

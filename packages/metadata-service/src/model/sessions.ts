@@ -1,0 +1,68 @@
+/** What a connecting agent says it is and holds, set against what is on record. */
+import { reconcileClaims, type Claim } from './allocation.ts';
+import { audit, type Decision } from './decision.ts';
+import { sameLife } from './grant.ts';
+import { applyGrant } from './grants.ts';
+import { applyHost } from './hosts.ts';
+import { tables, type HostLife, type NodeRecord, type SlabRun } from './records.ts';
+import { common, normalized } from './runs.ts';
+import { aheadOf } from './slabs.ts';
+
+/** A node is here. Its machine under a new boot id is proof that its older lives are dead. */
+export function seeNode(d: Decision, node: NodeRecord): void {
+  const before = tables.node.get(d.tx, node.nodeId);
+  tables.node.put(d.tx, node, node.nodeId);
+  if (before === undefined) audit(d, 'node-seen', { nodeId: node.nodeId, detail: `machine ${node.machineId}` });
+  for (const pool of tables.pool.list(d.tx)) {
+    for (const host of tables.host.list(d.tx, [pool.uuid])) {
+      if (host.nodeId !== node.nodeId) continue;
+      applyHost(d, pool, host.hostId, { type: 'new-boot', machineId: node.machineId, bootId: node.bootId });
+    }
+  }
+}
+
+export interface Holding {
+  poolUuid: string;
+  life: HostLife;
+  volumes: { volumeUuid: string; epoch: bigint; claimed: Claim[] }[];
+  stock: SlabRun[];
+}
+
+export interface Reconciled {
+  /** Of the stock: what the host still owns. */
+  stock: SlabRun[];
+  /** Held without a right: the agent has to let go of them. */
+  revoke: { volumeUuid: string; epoch: bigint }[];
+  /** Claims that fit nothing on record. */
+  misfits: number;
+}
+
+/** An agent came back (or took over from a dead one) under a generation that is still its own: grants stay as they are. */
+export function reconcile(d: Decision, holding: Holding): Reconciled {
+  const { life } = holding;
+  const pool = tables.pool.get(d.tx, holding.poolUuid);
+  const host = tables.host.get(d.tx, holding.poolUuid, life.hostId);
+  const known = host?.generation === life.generation && host.nodeId === life.nodeId && host.state !== 'DEAD';
+  if (pool === undefined || !known) {
+    return { stock: [], revoke: [], misfits: 0 };
+  }
+  const revoke: Reconciled['revoke'] = [];
+  let misfits = 0;
+  for (const held of holding.volumes) {
+    const volume = tables.volume.get(d.tx, held.volumeUuid);
+    if (
+      volume === undefined ||
+      volume.grant.state === 'FREE' ||
+      volume.grant.epoch !== held.epoch ||
+      !sameLife(volume.grant.holder, life)
+    ) {
+      revoke.push({ volumeUuid: held.volumeUuid, epoch: held.epoch });
+      continue;
+    }
+    if (volume.grant.state === 'OFFERED') applyGrant(d, volume, { type: 'opened', holder: life, epoch: held.epoch });
+    const ownTop = held.claimed.filter((claim) => claim.layerId === volume.topLayerId);
+    misfits += held.claimed.length - ownTop.length + reconcileClaims(d, pool, life, ownTop);
+  }
+  tables.pool.put(d.tx, pool, pool.uuid);
+  return { stock: common(aheadOf(d.tx, pool, life), normalized(holding.stock)), revoke, misfits };
+}
