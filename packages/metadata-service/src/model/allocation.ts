@@ -4,7 +4,16 @@ import { audit, requireAuthority, requireLife, requirePool, stale, type Decision
 import { sameLife } from './grant.ts';
 import { tables, type HostLife, type PoolRecord, type SlabRun } from './records.ts';
 import { countSlabs, findRun, normalized, without } from './runs.ts';
-import { addToLayer, aheadOf, claimAhead, freeFromLayer, freeSlabs, layerHas, returnAhead, takeAhead } from './slabs.ts';
+import {
+  addToLayer,
+  aheadOf,
+  claimAhead,
+  freeFromLayer,
+  freeSlabs,
+  layerHas,
+  returnAhead,
+  takeAhead,
+} from './slabs.ts';
 
 /** Slabs in one request: 64 GiB. */
 export const maxSlabsPerRequest = 4096;
@@ -23,7 +32,10 @@ export function allocateSlabs(d: Decision, poolUuid: string, life: HostLife, cou
   const host = requireLife(d, poolUuid, life);
   if (host.state !== 'LIVE') throw stale(`${life.nodeId} is ${host.state} on pool ${pool.name}, not LIVE`);
   if (count < 1 || count > maxSlabsPerRequest) {
-    throw new HoldfastError('INVALID_ARGUMENT', `AllocateSlabs gives 1 to ${maxSlabsPerRequest} slabs; ${count} were asked for.`);
+    throw new HoldfastError(
+      'INVALID_ARGUMENT',
+      `AllocateSlabs gives 1 to ${maxSlabsPerRequest} slabs; ${count} were asked for.`,
+    );
   }
   const held = countSlabs(aheadOf(d.tx, pool, life));
   if (held + count > maxSlabsAhead) {
@@ -38,7 +50,12 @@ export function allocateSlabs(d: Decision, poolUuid: string, life: HostLife, cou
 }
 
 /** Of an answer given before: what the host still holds ahead. The rest was claimed, returned, or voided since. */
-export function stillAhead(d: Decision, poolUuid: string, life: HostLife, runs: readonly SlabRun[]): SlabRun[] {
+export function stillAhead(
+  d: Decision,
+  poolUuid: string,
+  life: HostLife,
+  runs: readonly SlabRun[],
+): SlabRun[] {
   requireLife(d, poolUuid, life);
   const held = aheadOf(d.tx, requirePool(d, poolUuid), life);
   const single = (run: SlabRun): SlabRun[] =>
@@ -64,14 +81,20 @@ export function reportSlabs(d: Decision, poolUuid: string, life: HostLife, claim
 }
 
 /** The same for what a connecting agent holds: what does not fit is left out and counted, for the log. */
-export function reconcileClaims(d: Decision, pool: PoolRecord, life: HostLife, claims: readonly Claim[]): number {
+export function reconcileClaims(
+  d: Decision,
+  pool: PoolRecord,
+  life: HostLife,
+  claims: readonly Claim[],
+): number {
   let misfits = 0;
   for (const [layerId, mine] of byLayer(claims)) {
     const held = aheadOf(d.tx, pool, life);
     const fresh = mine.filter((claim) => !layerHas(d.tx, pool, layerId, claim.slab, claim.generation));
     const fitting = fresh.filter((claim) => findRun(held, claim.slab)?.generation === claim.generation);
     misfits += fresh.length - fitting.length;
-    if (fitting.length > 0 && !claimAhead(d.tx, pool, life, layerId, runsOf(fitting))) misfits += fitting.length;
+    if (fitting.length > 0 && !claimAhead(d.tx, pool, life, layerId, runsOf(fitting)))
+      misfits += fitting.length;
   }
   return misfits;
 }
@@ -133,7 +156,12 @@ export interface SlabReading {
 }
 
 /** Assigns a dead host's slabs by what their pages say. Slabs without a reading wait for another scan. */
-export function orphansScanned(d: Decision, poolUuid: string, life: HostLife, readings: readonly SlabReading[]): void {
+export function orphansScanned(
+  d: Decision,
+  poolUuid: string,
+  life: HostLife,
+  readings: readonly SlabReading[],
+): void {
   const pool = requirePool(d, poolUuid);
   const orphan = tables.orphan.get(d.tx, poolUuid, life.hostId, life.generation);
   if (orphan === undefined) return;

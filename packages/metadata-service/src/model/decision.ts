@@ -3,7 +3,7 @@
  * outside the store. Everything in model/ decides through this alone, so a simulation can drive it.
  */
 import { HoldfastError } from '@holdfast/common';
-import type { Transaction } from '../store/store.ts';
+import type { Snapshot, Transaction } from '../store/store.ts';
 import {
   tables,
   type AuditEntry,
@@ -19,6 +19,8 @@ export interface Decision {
   readonly nowUnixMs: number;
   /** A new UUID. */
   newId(): string;
+  /** The audit records of this transaction, for the log. */
+  readonly audited: AuditEntry[];
   /** Why a pool's disk refuses this service now (another owner, a newer term); undefined: it does not. */
   refusal(poolUuid: string): string | undefined;
 }
@@ -27,7 +29,11 @@ export interface Decision {
 export const auditLimit = 1_000_000n;
 
 /** An audit record, in the same transaction as what it is about. */
-export function audit(d: Decision, event: string, about: Partial<Omit<AuditEntry, 'sequence' | 'atUnixMs' | 'event'>>): void {
+export function audit(
+  d: Decision,
+  event: string,
+  about: Partial<Omit<AuditEntry, 'sequence' | 'atUnixMs' | 'event'>>,
+): void {
   const sequence = (tables.counter.get(d.tx, 'audit') ?? 0n) + 1n;
   const entry: AuditEntry = {
     poolUuid: '',
@@ -44,6 +50,7 @@ export function audit(d: Decision, event: string, about: Partial<Omit<AuditEntry
   };
   tables.counter.put(d.tx, sequence, 'audit');
   tables.audit.put(d.tx, entry, sequence);
+  d.audited.push(entry);
   if (entry.volumeUuid !== '') tables.auditVolume.put(d.tx, true, entry.volumeUuid, sequence);
   if (entry.nodeId !== '') tables.auditNode.put(d.tx, true, entry.nodeId, sequence);
   forget(d, sequence - auditLimit);
@@ -57,7 +64,7 @@ function forget(d: Decision, sequence: bigint): void {
   if (old.nodeId !== '') tables.auditNode.delete(d.tx, old.nodeId, sequence);
 }
 
-export function requirePool(d: Pick<Decision, 'tx'>, poolUuid: string): PoolRecord {
+export function requirePool(d: { readonly tx: Snapshot }, poolUuid: string): PoolRecord {
   const pool = tables.pool.get(d.tx, poolUuid);
   if (pool === undefined) {
     throw new HoldfastError(
@@ -69,7 +76,7 @@ export function requirePool(d: Pick<Decision, 'tx'>, poolUuid: string): PoolReco
 }
 
 /** Whether this service may grant anything on the pool: its authority page is ours, under this term. */
-export function mayDecide(d: Decision, pool: PoolRecord): boolean {
+export function mayDecide(d: Pick<Decision, 'service' | 'refusal'>, pool: PoolRecord): boolean {
   return (
     pool.state === 'ACTIVE' &&
     pool.claimed?.incarnation === d.service.incarnation &&
@@ -96,7 +103,7 @@ export function stale(why: string): HoldfastError {
 }
 
 /** The host slot of a message. @throws HoldfastError STALE when it names another life. */
-export function requireLife(d: Pick<Decision, 'tx'>, poolUuid: string, life: HostLife): HostRecord {
+export function requireLife(d: { readonly tx: Snapshot }, poolUuid: string, life: HostLife): HostRecord {
   const host = tables.host.get(d.tx, poolUuid, life.hostId);
   if (host === undefined || host.generation !== life.generation || host.nodeId !== life.nodeId) {
     throw stale(

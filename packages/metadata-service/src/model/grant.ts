@@ -39,7 +39,11 @@ export type GrantOutcome =
 
 export function sameLife(a: HostLife | null, b: HostLife | null): boolean {
   return (
-    a !== null && b !== null && a.hostId === b.hostId && a.generation === b.generation && a.nodeId === b.nodeId
+    a !== null &&
+    b !== null &&
+    a.hostId === b.hostId &&
+    a.generation === b.generation &&
+    a.nodeId === b.nodeId
   );
 }
 
@@ -53,7 +57,11 @@ export function stepGrant(grant: GrantRecord, event: GrantEvent): GrantOutcome {
       return changed({ ...grant, state: 'OPEN' }, 'opened');
     case 'returned':
       if (grant.state === 'FREE' || !isHeldBy(grant, event)) return stale(grant, 'returned', event);
-      return freed(grant, 'returned', `returned by its holder: closed(${grant.epoch}) on disk, nothing in flight`);
+      return freed(
+        grant,
+        'returned',
+        `returned by its holder: closed(${grant.epoch}) on disk, nothing in flight`,
+      );
     case 'closed-on-disk':
       if (grant.state === 'FREE' || grant.epoch !== event.epoch) return stale(grant, 'closed on disk', event);
       return freed(grant, 'closed', `closed(${grant.epoch}) read in the volume record`);
@@ -114,7 +122,10 @@ function stage(grant: GrantRecord, event: GrantEvent & { type: 'stage' }): Grant
         return stale(grant, 'stage');
       }
       if (grant.readOnly !== event.readOnly) {
-        return { type: 'stale', why: `it is granted ${grant.readOnly ? 'read-only' : 'for writing'} already` };
+        return {
+          type: 'stale',
+          why: `it is granted ${grant.readOnly ? 'read-only' : 'for writing'} already`,
+        };
       }
       return { type: 'same' };
     case 'REVOKING':
@@ -135,8 +146,12 @@ function freed(grant: GrantRecord, event: string, proof: string): GrantOutcome {
 }
 
 function stale(grant: GrantRecord, what: string, event?: { epoch: bigint }): GrantOutcome {
-  const holder = grant.holder === null ? 'nobody' : `${grant.holder.nodeId} (generation ${grant.holder.generation})`;
+  const holder =
+    grant.holder === null ? 'nobody' : `${grant.holder.nodeId} (generation ${grant.holder.generation})`;
   const sent = event === undefined ? '' : `, the message was about epoch ${event.epoch}`;
   const held = grant.state === 'FREE' ? 'held last by' : 'held by';
-  return { type: 'stale', why: `${what}: the grant is ${grant.state}, epoch ${grant.epoch}, ${held} ${holder}${sent}` };
+  return {
+    type: 'stale',
+    why: `${what}: the grant is ${grant.state}, epoch ${grant.epoch}, ${held} ${holder}${sent}`,
+  };
 }

@@ -1,10 +1,17 @@
 /** Publications and grants of volumes. Every step of the grant machine goes through applyGrant(). */
 import { HoldfastError } from '@holdfast/common';
+import type { Snapshot } from '../store/store.ts';
 import { audit, requireAuthority, requireLife, requirePool, stale, type Decision } from './decision.ts';
 import { nextEpoch } from './epoch.ts';
 import { sameLife, stepGrant, type GrantEvent, type GrantOutcome } from './grant.ts';
 import type { Death } from './host.ts';
-import { tables, type AccessMode, type HostLife, type PublicationRecord, type VolumeRecord } from './records.ts';
+import {
+  tables,
+  type AccessMode,
+  type HostLife,
+  type PublicationRecord,
+  type VolumeRecord,
+} from './records.ts';
 
 /** A publication that was never staged yields to another node after this. */
 export const supersedeAfterMs = 30_000;
@@ -24,10 +31,13 @@ export class OrphansPending extends HoldfastError {
   }
 }
 
-export function requireVolume(d: Pick<Decision, 'tx'>, uuid: string): VolumeRecord {
+export function requireVolume(d: { readonly tx: Snapshot }, uuid: string): VolumeRecord {
   const volume = tables.volume.get(d.tx, uuid);
   if (volume === undefined || volume.state === 'DELETING') {
-    throw new HoldfastError('NOT_FOUND', `Volume ${uuid} does not exist${volume ? ': it is being deleted' : ''}.`);
+    throw new HoldfastError(
+      'NOT_FOUND',
+      `Volume ${uuid} does not exist${volume ? ': it is being deleted' : ''}.`,
+    );
   }
   return volume;
 }
@@ -38,7 +48,10 @@ export function applyGrant(d: Decision, volume: VolumeRecord, event: GrantEvent)
   if (outcome.type !== 'changed') return outcome;
   const { next } = outcome;
   const holder = next.holder ?? volume.grant.holder;
+  const before = volume.grant.state;
   volume.grant = next;
+  if (next.state === 'REVOKING') tables.revoking.put(d.tx, true, volume.poolUuid, volume.uuid);
+  else if (before === 'REVOKING') tables.revoking.delete(d.tx, volume.poolUuid, volume.uuid);
   if (holder !== null) {
     if (next.state === 'FREE') tables.held.delete(d.tx, volume.poolUuid, holder.hostId, volume.uuid);
     else tables.held.put(d.tx, true, volume.poolUuid, holder.hostId, volume.uuid);
@@ -117,11 +130,20 @@ export function publishVolume(d: Decision, request: PublishRequest): Publication
   };
   tables.volume.put(d.tx, { ...volume, publication }, volume.uuid);
   tables.published.put(d.tx, true, node.nodeId, volume.uuid);
-  audit(d, 'publish', { poolUuid: volume.poolUuid, volumeUuid: volume.uuid, nodeId: node.nodeId, detail: volume.name });
+  audit(d, 'publish', {
+    poolUuid: volume.poolUuid,
+    volumeUuid: volume.uuid,
+    nodeId: node.nodeId,
+    detail: volume.name,
+  });
   return publication;
 }
 
-function samePublication(volume: VolumeRecord, current: PublicationRecord, request: PublishRequest): PublicationRecord {
+function samePublication(
+  volume: VolumeRecord,
+  current: PublicationRecord,
+  request: PublishRequest,
+): PublicationRecord {
   if (current.ending) {
     throw new HoldfastError(
       'OPERATION_PENDING',
@@ -163,13 +185,14 @@ function endPublication(d: Decision, volume: VolumeRecord): void {
 }
 
 /**
- * Takes a publication back. Done: nothing is left. Otherwise the grant is REVOKING and the caller waits for it. An empty
- * node id means every node.
+ * Takes a publication back and returns its id; empty: there is none. It is gone at once, or when the grant, now REVOKING,
+ * is free. An empty node id means every node.
  */
-export function unpublishVolume(d: Decision, uuid: string, nodeId: string): 'done' | 'revoking' {
+export function unpublishVolume(d: Decision, uuid: string, nodeId: string): string {
   const volume = tables.volume.get(d.tx, uuid);
   const publication = volume?.publication ?? null;
-  if (volume === undefined || publication === null || (nodeId !== '' && publication.nodeId !== nodeId)) return 'done';
+  if (volume === undefined || publication === null || (nodeId !== '' && publication.nodeId !== nodeId))
+    return '';
   if (volume.grant.state === 'FREE') {
     endPublication(d, volume);
     tables.volume.put(d.tx, volume, uuid);
@@ -180,12 +203,12 @@ export function unpublishVolume(d: Decision, uuid: string, nodeId: string): 'don
       epoch: volume.grant.epoch,
       detail: publication.staged ? 'the grant was returned before' : 'it was never staged',
     });
-    return 'done';
+    return publication.publishId;
   }
   publication.ending = true;
   tables.volume.put(d.tx, volume, uuid);
   if (volume.grant.state !== 'REVOKING') applyGrant(d, volume, { type: 'unpublish' });
-  return 'revoking';
+  return publication.publishId;
 }
 
 export interface StageRequest {
@@ -237,10 +260,13 @@ export function stageVolume(d: Decision, request: StageRequest): VolumeRecord {
 /** @throws OrphansPending, or HoldfastError CORRUPT when slabs of the last holder cannot be read at all. */
 function requireNoOrphans(d: Decision, volume: VolumeRecord): void {
   const last = volume.grant.holder;
-  const orphans = last === null ? undefined : tables.orphan.get(d.tx, volume.poolUuid, last.hostId, last.generation);
+  const orphans =
+    last === null ? undefined : tables.orphan.get(d.tx, volume.poolUuid, last.hostId, last.generation);
   if (last === null || orphans === undefined) return;
   if (orphans.runs.length > 0) throw new OrphansPending(volume, last);
-  const slabs = orphans.bad.map((run) => `${run.first}${run.count > 1 ? ` to ${run.first + run.count - 1}` : ''}`);
+  const slabs = orphans.bad.map(
+    (run) => `${run.first}${run.count > 1 ? ` to ${run.first + run.count - 1}` : ''}`,
+  );
   throw new HoldfastError(
     'CORRUPT',
     `Volume ${volume.name} is refused: ${last.nodeId} held it when it died, and of its slabs ${slabs.join(', ')} both ` +
@@ -248,20 +274,34 @@ function requireNoOrphans(d: Decision, volume: VolumeRecord): void {
   );
 }
 
-export function volumeOpened(d: Decision, poolUuid: string, life: HostLife, uuid: string, epoch: bigint): void {
+export function volumeOpened(
+  d: Decision,
+  poolUuid: string,
+  life: HostLife,
+  uuid: string,
+  epoch: bigint,
+): void {
   requireLife(d, poolUuid, life);
   const volume = requireVolume(d, uuid);
   // Told already under another request id: what it says is recorded.
-  if (volume.grant.state === 'OPEN' && volume.grant.epoch === epoch && sameLife(volume.grant.holder, life)) return;
+  if (volume.grant.state === 'OPEN' && volume.grant.epoch === epoch && sameLife(volume.grant.holder, life))
+    return;
   const outcome = applyGrant(d, volume, { type: 'opened', holder: life, epoch });
   if (outcome.type === 'stale') throw stale(outcome.why);
 }
 
-export function volumeReturned(d: Decision, poolUuid: string, life: HostLife, uuid: string, epoch: bigint): void {
+export function volumeReturned(
+  d: Decision,
+  poolUuid: string,
+  life: HostLife,
+  uuid: string,
+  epoch: bigint,
+): void {
   requireLife(d, poolUuid, life);
   const volume = tables.volume.get(d.tx, uuid);
   if (volume === undefined) throw stale(`volume ${uuid} does not exist`);
-  if (volume.grant.state === 'FREE' && volume.grant.epoch === epoch && sameLife(volume.grant.holder, life)) return;
+  if (volume.grant.state === 'FREE' && volume.grant.epoch === epoch && sameLife(volume.grant.holder, life))
+    return;
   const outcome = applyGrant(d, volume, { type: 'returned', holder: life, epoch });
   if (outcome.type === 'stale') throw stale(outcome.why);
 }

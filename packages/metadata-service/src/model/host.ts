@@ -112,14 +112,22 @@ export function stepHost(host: HostRecord | undefined, event: HostEvent, setting
       return dead(host, setting, `${event.kind}: ${event.detail}`);
     case 'stop-acknowledged':
       if (host.state === 'DEAD') return stale(host, event.type);
-      return dead(host, setting, `stop-ack(${host.generation}): its own engine closed the gate with nothing in flight`);
+      return dead(
+        host,
+        setting,
+        `stop-ack(${host.generation}): its own engine closed the gate with nothing in flight`,
+      );
     case 'stopped-on-disk':
       if (host.state === 'DEAD') return stale(host, event.type);
       return dead(host, setting, `stopped(${host.generation}) read in its heartbeat page`);
   }
 }
 
-function join(host: HostRecord | undefined, event: HostEvent & { type: 'join' }, setting: HostSetting): HostOutcome {
+function join(
+  host: HostRecord | undefined,
+  event: HostEvent & { type: 'join' },
+  setting: HostSetting,
+): HostOutcome {
   const fresh = (generation: bigint): HostRecord => ({
     poolUuid: setting.poolUuid,
     nodeId: event.nodeId,
@@ -162,7 +170,8 @@ function join(host: HostRecord | undefined, event: HostEvent & { type: 'join' },
 
 function deathByJoin(host: HostRecord, event: HostEvent & { type: 'join' }): string | undefined {
   if (event.bootId !== host.bootId) return `new boot id ${event.bootId} of machine ${host.machineId}`;
-  if (event.previousIoDead) return `the joining process holds the lock ${host.lockPath} of the old engine: its I/O is dead`;
+  if (event.previousIoDead)
+    return `the joining process holds the lock ${host.lockPath} of the old engine: its I/O is dead`;
   return undefined;
 }
 

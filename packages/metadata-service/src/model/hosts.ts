@@ -1,5 +1,6 @@
 /** Nodes on pools: joining, dying, and what both do to grants. Every step of the host machine goes through applyHost(). */
 import { HoldfastError } from '@holdfast/common';
+import type { Snapshot } from '../store/store.ts';
 import { audit, requireAuthority, requireLife, requirePool, stale, type Decision } from './decision.ts';
 import { stepHost, type Death, type HostEvent, type HostOutcome } from './host.ts';
 import { tables, type HostLife, type HostRecord, type PoolRecord } from './records.ts';
@@ -11,7 +12,11 @@ export function lifeOf(host: HostRecord): HostLife {
 }
 
 /** A node's slot on a pool, whatever its state. */
-export function hostOfNode(d: Pick<Decision, 'tx'>, poolUuid: string, nodeId: string): HostRecord | undefined {
+export function hostOfNode(
+  d: { readonly tx: Snapshot },
+  poolUuid: string,
+  nodeId: string,
+): HostRecord | undefined {
   return tables.host.list(d.tx, [poolUuid]).find((host) => host.nodeId === nodeId);
 }
 
@@ -63,11 +68,15 @@ export function joinPool(d: Decision, request: JoinRequest): HostRecord {
   const pool = requirePool(d, request.poolUuid);
   requireAuthority(d, pool);
   for (const [name, value] of Object.entries({ machine_id: request.machineId, boot_id: request.bootId })) {
-    if (value === '') throw new HoldfastError('INVALID_ARGUMENT', `JoinPool needs ${name}: it identifies the machine.`);
+    if (value === '')
+      throw new HoldfastError('INVALID_ARGUMENT', `JoinPool needs ${name}: it identifies the machine.`);
   }
   const outcome = applyHost(d, pool, slotFor(d, pool, request.nodeId), { type: 'join', ...request });
   if (outcome.type === 'stale') {
-    throw new HoldfastError('FAILED_PRECONDITION', `${request.nodeId} cannot join pool ${pool.name}: ${outcome.why}.`);
+    throw new HoldfastError(
+      'FAILED_PRECONDITION',
+      `${request.nodeId} cannot join pool ${pool.name}: ${outcome.why}.`,
+    );
   }
   return outcome.next;
 }
@@ -79,7 +88,9 @@ function slotFor(d: Decision, pool: PoolRecord, nodeId: string): number {
   const used = new Set(hosts.map((host) => host.hostId));
   for (let hostId = 0; hostId < pool.hostSlots; hostId++) if (!used.has(hostId)) return hostId;
   const oldest = hosts
-    .filter((host) => host.state === 'DEAD' && tables.orphan.list(d.tx, [pool.uuid, host.hostId]).length === 0)
+    .filter(
+      (host) => host.state === 'DEAD' && tables.orphan.list(d.tx, [pool.uuid, host.hostId]).length === 0,
+    )
     .sort((a, b) => a.sinceUnixMs - b.sinceUnixMs)[0];
   if (oldest === undefined) {
     throw new HoldfastError(
@@ -101,4 +112,55 @@ export function poolReady(d: Decision, poolUuid: string, life: HostLife): void {
     classProved: pool.fencing !== 'reservations',
   });
   if (outcome.type === 'stale') throw stale(outcome.why);
+}
+
+/** Intent to fence: durable before anything is written to the disk. Returns the host as it is now. */
+export function fenceHost(d: Decision, pool: PoolRecord, host: HostRecord, reason: string): HostRecord {
+  const outcome = applyHost(d, pool, host.hostId, { type: 'suspect', generation: host.generation, reason });
+  return outcome.type === 'changed' ? outcome.next : host;
+}
+
+/**
+ * Somebody who knows says that a node's machine is off: the proof of class C. A life that is not being fenced yet is fenced
+ * with it; the word counts when the fence page is durable, so that the machine finds it when it comes back.
+ */
+export function confirmOff(d: Decision, nodeId: string, by: string): HostRecord[] {
+  return hostsOfNode(d, nodeId).map(({ pool, host }) => {
+    if (host.state === 'DEAD' || (pool.fencing !== 'manual' && pool.fencing !== 'lease-only')) return host;
+    audit(d, 'confirm-off', {
+      poolUuid: pool.uuid,
+      nodeId,
+      generation: host.generation,
+      proof: `${by} says that the machine is off`,
+    });
+    const fenced = fenceHost(d, pool, host, `${by} says that the machine is off`);
+    if (fenced.state === 'CUTTING') return applyConfirmation(d, pool, fenced, by);
+    if (fenced.fence === null) return fenced;
+    const confirmed = { ...fenced, fence: { ...fenced.fence, confirmedBy: by } };
+    tables.host.put(d.tx, confirmed, pool.uuid, host.hostId);
+    return confirmed;
+  });
+}
+
+/** The page is durable: a word given before it now completes the fence. */
+export function applyConfirmation(d: Decision, pool: PoolRecord, host: HostRecord, by: string): HostRecord {
+  const outcome = applyHost(d, pool, host.hostId, {
+    type: 'proof',
+    generation: host.generation,
+    kind: 'confirmed-off',
+    detail: `${by} says that the machine is off`,
+  });
+  return outcome.type === 'changed' ? outcome.next : host;
+}
+
+export function hostsOfNode(
+  d: { readonly tx: Snapshot },
+  nodeId: string,
+): { pool: PoolRecord; host: HostRecord }[] {
+  return tables.pool.list(d.tx).flatMap((pool) =>
+    tables.host
+      .list(d.tx, [pool.uuid])
+      .filter((host) => host.nodeId === nodeId)
+      .map((host) => ({ pool, host })),
+  );
 }

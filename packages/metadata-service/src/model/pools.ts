@@ -53,7 +53,9 @@ export function seePool(d: Decision, nodeId: string, seen: PoolSighting): Sighti
         'start the one with the newest database.',
     };
   }
-  if (authority.storeId === '' && pool?.claimed) {
+  const claimedNow = pool?.claimed != null && same(pool.claimed, d.service);
+  // A look from before this service's own claim is no surprise; one without an owner at the start of a term is.
+  if (authority.storeId === '' && pool?.claimed && !claimedNow) {
     return {
       type: 'refuse-pool',
       message:
@@ -84,20 +86,22 @@ export function seePool(d: Decision, nodeId: string, seen: PoolSighting): Sighti
     };
   }
   if (seen.slabCount > pool.slabCount) {
-    audit(d, 'pool-grown', { poolUuid: pool.uuid, nodeId, detail: `${pool.slabCount} to ${seen.slabCount} slabs` });
+    audit(d, 'pool-grown', {
+      poolUuid: pool.uuid,
+      nodeId,
+      detail: `${pool.slabCount} to ${seen.slabCount} slabs`,
+    });
     growPool(d.tx, pool, seen.slabCount);
     tables.pool.put(d.tx, pool, pool.uuid);
   }
-  const claimed =
-    pool.state === 'ACTIVE' && pool.claimed !== null && !isNewer(d.service, pool.claimed) && same(pool.claimed, owner);
-  return claimed ? { type: 'accepted' } : { type: 'claim' };
+  return claimedNow ? { type: 'accepted' } : { type: 'claim' };
 }
 
-function isNewer(a: Authority | { incarnation: bigint; term: bigint }, b: { incarnation: bigint; term: bigint }): boolean {
+function isNewer(a: Authority, b: Authority): boolean {
   return a.incarnation > b.incarnation || (a.incarnation === b.incarnation && a.term > b.term);
 }
 
-function same(a: Authority, b: { incarnation: bigint; term: bigint }): boolean {
+function same(a: Authority, b: Authority): boolean {
   return a.incarnation === b.incarnation && a.term === b.term;
 }
 
@@ -106,7 +110,11 @@ function refuseGeometry(seen: PoolSighting): string | undefined {
     return `Pool ${seen.name} asks for fencing by reservations, which this release does not do. Format it with another class.`;
   }
   const sane =
-    seen.slabSize > 0 && seen.slabCount > 0 && seen.volumeSlots > 0 && seen.layerSlots > 0 && seen.hostSlots > 0;
+    seen.slabSize > 0 &&
+    seen.slabCount > 0 &&
+    seen.volumeSlots > 0 &&
+    seen.layerSlots > 0 &&
+    seen.hostSlots > 0;
   const timed = seen.leaseMs > seen.renewIntervalMs && seen.renewIntervalMs > 0;
   return sane && timed
     ? undefined
@@ -160,11 +168,20 @@ export function takeSlot(d: Decision, pool: PoolRecord, kind: 'volume' | 'layer'
   return slot;
 }
 
-export function markSlot(d: Decision, pool: PoolRecord, kind: 'volume' | 'layer', slot: number, used: boolean): void {
+export function markSlot(
+  d: Decision,
+  pool: PoolRecord,
+  kind: 'volume' | 'layer',
+  slot: number,
+  used: boolean,
+): void {
   const size = kind === 'volume' ? pool.volumeSlots : pool.layerSlots;
   const bits = new Bitmap(size, tables.slots.get(d.tx, pool.uuid, kind));
   if (bits.has(slot) === used) {
-    throw new HoldfastError('INTERNAL', `${kind} slot ${slot} of pool ${pool.name} is ${used ? 'in use' : 'free'} already.`);
+    throw new HoldfastError(
+      'INTERNAL',
+      `${kind} slot ${slot} of pool ${pool.name} is ${used ? 'in use' : 'free'} already.`,
+    );
   }
   bits.set(slot, used);
   tables.slots.put(d.tx, bits.toString(), pool.uuid, kind);

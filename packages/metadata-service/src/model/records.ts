@@ -233,10 +233,7 @@ export class Table<T extends Value, K extends readonly Part[]> {
   entries(
     tx: Snapshot,
     parts: readonly Part[] = [],
-    {
-      after,
-      ...options
-    }: { after?: readonly Part[] | undefined; limit?: number; reverse?: boolean } = {},
+    { after, ...options }: { after?: readonly Part[] | undefined; limit?: number; reverse?: boolean } = {},
   ): [parts: string[], value: T][] {
     const prefix = `${[this.#name, ...parts.map(part)].join('/')}/`;
     return tx
@@ -258,6 +255,8 @@ export const tables = {
   volumeName: new Table<string, readonly [name: string]>('volume-name'),
   /** Volumes that are not FREE, by their holder. */
   held: new Table<true, readonly [pool: string, host: number, volume: string]>('held'),
+  /** Volumes that are REVOKING. */
+  revoking: new Table<true, readonly [pool: string, volume: string]>('revoking'),
   /** Publications by node. */
   published: new Table<true, readonly [node: string, volume: string]>('published'),
   /** Volumes whose slabs wait to be wiped. */

@@ -71,7 +71,9 @@ export function common(a: readonly SlabRun[], b: readonly SlabRun[]): SlabRun[] 
       sorted.flatMap((other) => {
         const first = Math.max(run.first, other.first);
         const end = Math.min(run.first + run.count, other.first + other.count);
-        return end > first && run.generation === other.generation ? [{ ...run, first, count: end - first }] : [];
+        return end > first && run.generation === other.generation
+          ? [{ ...run, first, count: end - first }]
+          : [];
       }),
     ),
   );

@@ -12,7 +12,8 @@ import { aheadOf } from './slabs.ts';
 export function seeNode(d: Decision, node: NodeRecord): void {
   const before = tables.node.get(d.tx, node.nodeId);
   tables.node.put(d.tx, node, node.nodeId);
-  if (before === undefined) audit(d, 'node-seen', { nodeId: node.nodeId, detail: `machine ${node.machineId}` });
+  if (before === undefined)
+    audit(d, 'node-seen', { nodeId: node.nodeId, detail: `machine ${node.machineId}` });
   for (const pool of tables.pool.list(d.tx)) {
     for (const host of tables.host.list(d.tx, [pool.uuid])) {
       if (host.nodeId !== node.nodeId) continue;
@@ -59,7 +60,8 @@ export function reconcile(d: Decision, holding: Holding): Reconciled {
       revoke.push({ volumeUuid: held.volumeUuid, epoch: held.epoch });
       continue;
     }
-    if (volume.grant.state === 'OFFERED') applyGrant(d, volume, { type: 'opened', holder: life, epoch: held.epoch });
+    if (volume.grant.state === 'OFFERED')
+      applyGrant(d, volume, { type: 'opened', holder: life, epoch: held.epoch });
     const ownTop = held.claimed.filter((claim) => claim.layerId === volume.topLayerId);
     misfits += held.claimed.length - ownTop.length + reconcileClaims(d, pool, life, ownTop);
   }

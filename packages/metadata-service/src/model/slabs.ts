@@ -89,7 +89,8 @@ class FreeSlabs {
       if (region < 0) break;
       const bits = this.#bits(region);
       const runs = bits.clearRuns();
-      const fit = runs.find((run) => run.count >= wanted) ?? runs.reduce((a, b) => (b.count > a.count ? b : a));
+      const fit =
+        runs.find((run) => run.count >= wanted) ?? runs.reduce((a, b) => (b.count > a.count ? b : a));
       const take = Math.min(fit.count, wanted);
       const run = { first: region * slabsPerRegion + fit.first, count: take, generation };
       this.#mark(region, [run], true);
@@ -160,7 +161,12 @@ class FreeSlabs {
 }
 
 /** Up to `count` slabs of a new generation, for a host to hold ahead. Fewer, or none: the pool is full. */
-export function takeAhead(tx: Transaction, pool: PoolRecord, host: { hostId: number; generation: bigint }, count: number): SlabRun[] {
+export function takeAhead(
+  tx: Transaction,
+  pool: PoolRecord,
+  host: { hostId: number; generation: bigint },
+  count: number,
+): SlabRun[] {
   const generation = pool.nextSlabGeneration;
   const free = new FreeSlabs(tx, pool);
   const runs = free.take(count, generation);
@@ -174,7 +180,11 @@ export function takeAhead(tx: Transaction, pool: PoolRecord, host: { hostId: num
 }
 
 /** What a host holds ahead under this generation. */
-export function aheadOf(tx: Snapshot, pool: PoolRecord, host: { hostId: number; generation: bigint }): SlabRun[] {
+export function aheadOf(
+  tx: Snapshot,
+  pool: PoolRecord,
+  host: { hostId: number; generation: bigint },
+): SlabRun[] {
   const record = tables.ahead.get(tx, pool.uuid, host.hostId);
   return record?.generation === host.generation ? record.runs : [];
 }
@@ -252,7 +262,12 @@ export function freeRuns(tx: Snapshot, pool: PoolRecord, region: number): SlabRu
     .map((run) => ({ first: region * slabsPerRegion + run.first, count: run.count, generation: 0n }));
 }
 
-export function addToLayer(tx: Transaction, pool: PoolRecord, layerId: bigint, runs: readonly SlabRun[]): void {
+export function addToLayer(
+  tx: Transaction,
+  pool: PoolRecord,
+  layerId: bigint,
+  runs: readonly SlabRun[],
+): void {
   const layer = tables.layer.get(tx, pool.uuid, layerId);
   if (layer === undefined) {
     throw new HoldfastError('INTERNAL', `Layer ${layerId} of pool ${pool.name} is not known.`);
@@ -265,7 +280,12 @@ export function addToLayer(tx: Transaction, pool: PoolRecord, layerId: bigint, r
 }
 
 /** Frees slabs of a layer. False: it does not have all of them in these generations; nothing changed. */
-export function freeFromLayer(tx: Transaction, pool: PoolRecord, layerId: bigint, runs: readonly SlabRun[]): boolean {
+export function freeFromLayer(
+  tx: Transaction,
+  pool: PoolRecord,
+  layerId: bigint,
+  runs: readonly SlabRun[],
+): boolean {
   const layer = tables.layer.get(tx, pool.uuid, layerId);
   if (layer === undefined || overlaps(runs)) return false;
   const regions = byRegion(runs, slabsPerRegion);
@@ -283,7 +303,13 @@ export function freeFromLayer(tx: Transaction, pool: PoolRecord, layerId: bigint
 }
 
 /** Whether the layer has this slab in this generation. */
-export function layerHas(tx: Snapshot, pool: PoolRecord, layerId: bigint, slab: number, generation: bigint): boolean {
+export function layerHas(
+  tx: Snapshot,
+  pool: PoolRecord,
+  layerId: bigint,
+  slab: number,
+  generation: bigint,
+): boolean {
   const runs = tables.slabs.get(tx, pool.uuid, layerId, Math.floor(slab / slabsPerRegion)) ?? [];
   return findRun(runs, slab)?.generation === generation;
 }

@@ -134,7 +134,10 @@ function checkSize(sizeBytes: bigint, limitBytes: bigint): void {
     );
   }
   if (limitBytes > 0n && limitBytes < sizeBytes) {
-    throw new HoldfastError('OUT_OF_RANGE', `The limit of ${limitBytes} bytes is below the size of ${sizeBytes} bytes.`);
+    throw new HoldfastError(
+      'OUT_OF_RANGE',
+      `The limit of ${limitBytes} bytes is below the size of ${sizeBytes} bytes.`,
+    );
   }
 }
 
@@ -166,7 +169,10 @@ export function layersOf(tx: Snapshot, volume: VolumeRecord): LayerRecord[] {
   for (let id = volume.topLayerId; id !== 0n; ) {
     const layer = tables.layer.get(tx, volume.poolUuid, id);
     if (layer === undefined) {
-      throw new HoldfastError('INTERNAL', `Layer ${id} of volume ${volume.name} is missing from the database.`);
+      throw new HoldfastError(
+        'INTERNAL',
+        `Layer ${id} of volume ${volume.name} is missing from the database.`,
+      );
     }
     chain.push(layer);
     id = layer.parentLayerId;
@@ -194,7 +200,12 @@ export function deleteVolume(d: Decision, uuid: string): boolean {
   tables.volumeName.delete(d.tx, volume.name);
   pool.provisionedBytes -= volume.sizeBytes;
   tables.pool.put(d.tx, pool, pool.uuid);
-  audit(d, 'delete', { poolUuid: pool.uuid, volumeUuid: uuid, epoch: volume.grant.epoch, detail: volume.name });
+  audit(d, 'delete', {
+    poolUuid: pool.uuid,
+    volumeUuid: uuid,
+    epoch: volume.grant.epoch,
+    detail: volume.name,
+  });
   tables.volume.put(d.tx, { ...volume, state: 'DELETING' }, uuid);
   tables.deleting.put(d.tx, true, pool.uuid, uuid);
   if (volume.grant.epoch === 0n) {
@@ -205,7 +216,10 @@ export function deleteVolume(d: Decision, uuid: string): boolean {
 }
 
 /** What a wipe has to remove from the pool; undefined: nothing is left to wipe. */
-export function wipeOf(tx: Snapshot, uuid: string): { volume: VolumeRecord; layers: (LayerRecord & { slabs: SlabRun[] })[] } | undefined {
+export function wipeOf(
+  tx: Snapshot,
+  uuid: string,
+): { volume: VolumeRecord; layers: (LayerRecord & { slabs: SlabRun[] })[] } | undefined {
   const volume = tables.volume.get(tx, uuid);
   if (volume?.state !== 'DELETING') return undefined;
   return {
@@ -299,7 +313,10 @@ export function listVolumes(
 function uuidOfToken(token: string): string {
   const uuid = /^v1\.([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})$/.exec(token)?.[1];
   if (uuid === undefined) {
-    throw new HoldfastError('BAD_TOKEN', `The token ${token} was not made by ListVolumes. Start without a token.`);
+    throw new HoldfastError(
+      'BAD_TOKEN',
+      `The token ${token} was not made by ListVolumes. Start without a token.`,
+    );
   }
   return uuid;
 }
@@ -357,7 +374,10 @@ function requireHolderDead(d: Decision, pool: PoolRecord, disk: VolumeOnDisk): v
 
 function insertFromDisk(d: Decision, pool: PoolRecord, uuid: string, disk: VolumeOnDisk): VolumeRecord {
   const top = disk.layers[0];
-  if (top === undefined || disk.layers.some((layer) => tables.layer.get(d.tx, pool.uuid, layer.layerId) !== undefined)) {
+  if (
+    top === undefined ||
+    disk.layers.some((layer) => tables.layer.get(d.tx, pool.uuid, layer.layerId) !== undefined)
+  ) {
     throw new HoldfastError(
       'CORRUPT',
       `Volume ${disk.name} on pool ${pool.name} cannot be known again: its layers are incomplete, or their numbers are ` +
@@ -367,13 +387,21 @@ function insertFromDisk(d: Decision, pool: PoolRecord, uuid: string, disk: Volum
   markSlot(d, pool, 'volume', disk.slot, true);
   for (const layer of disk.layers) {
     markSlot(d, pool, 'layer', layer.slot, true);
-    tables.layer.put(d.tx, { ...layer, volumeUuid: uuid, slabCount: 0 } as LayerRecord, pool.uuid, layer.layerId);
+    tables.layer.put(
+      d.tx,
+      { ...layer, volumeUuid: uuid, slabCount: 0 } as LayerRecord,
+      pool.uuid,
+      layer.layerId,
+    );
     if (layer.layerId >= pool.nextLayerId) pool.nextLayerId = layer.layerId + 1n;
   }
   if (disk.volumeId >= pool.nextVolumeId) pool.nextVolumeId = disk.volumeId + 1n;
   for (const { layerId, runs } of disk.slabs) {
     if (countSlabs(reserveFree(d.tx, pool, runs)) !== countSlabs(runs)) {
-      throw new HoldfastError('OPERATION_PENDING', `The pool changed while volume ${disk.name} was read. Repeat the call.`);
+      throw new HoldfastError(
+        'OPERATION_PENDING',
+        `The pool changed while volume ${disk.name} was read. Repeat the call.`,
+      );
     }
     addToLayer(d.tx, pool, layerId, runs);
     for (const run of runs) {

@@ -63,7 +63,8 @@ export class MemoryStore implements Store {
 
   #assertIdle(): void {
     if (this.#closed) throw new StoreError('The store is closed.');
-    if (this.#inTransaction) throw new StoreError('A transaction is running: its body must use what it was handed.');
+    if (this.#inTransaction)
+      throw new StoreError('A transaction is running: its body must use what it was handed.');
   }
 
   #snapshot(): Snapshot {

@@ -1,0 +1,140 @@
+/**
+ * Durable background operations. What has to be done is in the store (a host that is FENCING, a grant that is REVOKING, a
+ * volume that is DELETING, slabs of a dead host, a pool that is not yet ours in this term); this finds it, works on each
+ * thing once at a time, and tries again what failed. So a restart, a lost agent or a cut-off call loses no operation: they all
+ * go on from what the store says, and callers that repeat a call join by waiting for the store to change.
+ */
+import { tables } from '../model/records.ts';
+import { claimPool } from './claim.ts';
+import type { Core } from './core.ts';
+import { FenceOperation } from './fence.ts';
+import { revoke } from './revoke.ts';
+import type { Sessions } from './sessions.ts';
+import { scanOrphans } from './scan.ts';
+import { wipeVolume } from './wipe.ts';
+
+/** How often the store is looked through for work that nobody announced. */
+const sweepIntervalMs = 1000;
+/** An operation that failed waits this long, doubling up to the maximum. */
+const retryMs = { first: 200, most: 5000 };
+/** Wipes at a time: each makes an agent discard slabs. */
+const maxWipes = 4;
+
+export class Operations {
+  readonly #core: Core;
+  readonly #sessions: Sessions;
+  readonly #running = new Map<string, Promise<void>>();
+  /** What a fence waits for, for people; by pool and host. */
+  readonly #waitingFor = new Map<string, string>();
+  #sweeper: Promise<void> | undefined;
+
+  constructor(core: Core, sessions: Sessions) {
+    this.#core = core;
+    this.#sessions = sessions;
+  }
+
+  start(): void {
+    this.#sweeper = this.#sweepForEver();
+  }
+
+  /** After the core was stopped: waits until nothing runs. */
+  async stop(): Promise<void> {
+    await this.#sweeper;
+    await Promise.all(this.#running.values());
+  }
+
+  waitingFor(poolUuid: string, hostId: number): string {
+    return this.#waitingFor.get(`${poolUuid}/${hostId}`) ?? '';
+  }
+
+  /** How many of each kind are under way. */
+  counts(): Map<string, number> {
+    const counts = new Map<string, number>();
+    for (const key of this.#running.keys()) {
+      const kind = key.slice(0, key.indexOf(' '));
+      counts.set(kind, (counts.get(kind) ?? 0) + 1);
+    }
+    return counts;
+  }
+
+  async #sweepForEver(): Promise<void> {
+    const { stopped } = this.#core;
+    while (!stopped.signal.aborted) {
+      try {
+        this.sweep();
+      } catch (error) {
+        this.#core.logger.error({ err: error }, 'Looking for unfinished operations failed');
+      }
+      await this.#core.nextChange(sweepIntervalMs);
+    }
+  }
+
+  /** Starts whatever the store says is unfinished and is not under way. */
+  sweep(): void {
+    const core = this.#core;
+    const sessions = this.#sessions;
+    const found = core.read((tx) => ({
+      pools: tables.pool.list(tx),
+      fencing: tables.host.list(tx).filter((host) => host.state === 'FENCING' || host.state === 'CUTTING'),
+      revoking: tables.revoking.entries(tx).map(([parts]) => parts[1] as string),
+      orphans: tables.orphan
+        .entries(tx)
+        .filter(([, orphan]) => orphan.runs.length > 0)
+        .map(([parts, orphan]) => ({
+          poolUuid: parts[0] as string,
+          life: { hostId: Number(parts[1]), generation: BigInt(parts[2] as string), nodeId: orphan.nodeId },
+        })),
+      deleting: tables.deleting.entries(tx, [], { limit: maxWipes }).map(([parts]) => parts[1] as string),
+    }));
+    for (const pool of found.pools) {
+      const current =
+        pool.claimed?.term === core.service.term && pool.claimed.incarnation === core.service.incarnation;
+      const seen = sessions.all().some((session) => session.pools.has(pool.uuid));
+      if (current || !seen || core.refusals.has(pool.uuid)) continue;
+      this.#ensure(`claim ${pool.uuid}`, () => claimPool(core, sessions, pool.uuid));
+    }
+    for (const { poolUuid, hostId } of found.fencing) {
+      const key = `${poolUuid}/${hostId}`;
+      this.#ensure(`fence ${key}`, async () => {
+        try {
+          await new FenceOperation(core, sessions, poolUuid, hostId, (sentence) =>
+            this.#waitingFor.set(key, sentence),
+          ).run();
+        } finally {
+          this.#waitingFor.delete(key);
+        }
+      });
+    }
+    for (const uuid of found.revoking) this.#ensure(`revoke ${uuid}`, () => revoke(core, sessions, uuid));
+    for (const { poolUuid, life } of found.orphans) {
+      this.#ensure(`scan ${poolUuid}/${life.hostId}/${life.generation}`, () =>
+        scanOrphans(core, sessions, poolUuid, life),
+      );
+    }
+    for (const uuid of found.deleting) this.#ensure(`wipe ${uuid}`, () => wipeVolume(core, sessions, uuid));
+  }
+
+  /** Runs `body` until it succeeds, unless it runs already. */
+  #ensure(key: string, body: () => Promise<void>): void {
+    if (this.#running.has(key) || this.#core.stopped.signal.aborted) return;
+    const run = async (): Promise<void> => {
+      for (let waitMs = retryMs.first; ; waitMs = Math.min(2 * waitMs, retryMs.most)) {
+        try {
+          await body();
+          return;
+        } catch (error) {
+          if (this.#core.stopped.signal.aborted) return;
+          const message = error instanceof Error ? error.message : String(error);
+          this.#core.logger.warn({ operation: key, retryMs: waitMs }, `${message} It is tried again.`);
+          await this.#core.clock.sleep(waitMs, this.#core.stopped.signal);
+          if (this.#core.stopped.signal.aborted) return;
+        }
+      }
+    };
+    const running = run().finally(() => {
+      this.#running.delete(key);
+      this.#core.changed();
+    });
+    this.#running.set(key, running);
+  }
+}

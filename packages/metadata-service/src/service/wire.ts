@@ -1,0 +1,249 @@
+/** Between records and messages: bigint and text, our names and the enums' names. The only place that knows both. */
+import { HoldfastError } from '@holdfast/common';
+import type {
+  AccessMode__Output,
+  AuditRecord,
+  ClaimedSlab__Output,
+  FencingClass__Output,
+  Grant,
+  Host,
+  HostRef__Output,
+  Layer,
+  Pool,
+  PoolSeen__Output,
+  SlabRun as WireRun,
+  SlabRun__Output,
+  Volume,
+} from '@holdfast/proto';
+import type { Claim } from '../model/allocation.ts';
+import type { PoolSighting } from '../model/pools.ts';
+import type {
+  AccessMode,
+  AuditEntry,
+  FencingClass,
+  HostLife,
+  HostRecord,
+  LayerRecord,
+  PoolRecord,
+  SlabRun,
+  VolumeRecord,
+} from '../model/records.ts';
+
+const fencingNames = {
+  reservations: 'FENCING_CLASS_RESERVATIONS',
+  manual: 'FENCING_CLASS_MANUAL',
+  'lease-only': 'FENCING_CLASS_LEASE_ONLY',
+  loop: 'FENCING_CLASS_LOOP',
+} as const satisfies Record<FencingClass, FencingClass__Output>;
+
+function fencingClass(name: FencingClass__Output): FencingClass {
+  const found = (Object.keys(fencingNames) as FencingClass[]).find((key) => fencingNames[key] === name);
+  if (found === undefined)
+    throw new HoldfastError('INVALID_ARGUMENT', `A pool has no fencing class (${name}).`);
+  return found;
+}
+
+const accessModes: readonly AccessMode[] = [
+  'SINGLE_NODE_WRITER',
+  'SINGLE_NODE_READER_ONLY',
+  'MULTI_NODE_READER_ONLY',
+  'SINGLE_NODE_SINGLE_WRITER',
+  'SINGLE_NODE_MULTI_WRITER',
+];
+
+export function accessMode(name: AccessMode__Output): AccessMode {
+  const found = accessModes.find((mode) => name === `ACCESS_MODE_${mode}`);
+  if (found === undefined) throw new HoldfastError('INVALID_ARGUMENT', 'PublishVolume needs an access_mode.');
+  return found;
+}
+
+export function lifeOfRef(ref: HostRef__Output | null | undefined): { poolUuid: string; life: HostLife } {
+  if (!ref || ref.pool_uuid === '' || ref.node_id === '') {
+    throw new HoldfastError(
+      'INVALID_ARGUMENT',
+      'The request names no host (pool, node, host id, generation).',
+    );
+  }
+  return {
+    poolUuid: ref.pool_uuid,
+    life: { hostId: ref.host_id, generation: BigInt(ref.generation), nodeId: ref.node_id },
+  };
+}
+
+export function refOf(host: HostRecord): {
+  pool_uuid: string;
+  node_id: string;
+  host_id: number;
+  generation: string;
+} {
+  return {
+    pool_uuid: host.poolUuid,
+    node_id: host.nodeId,
+    host_id: host.hostId,
+    generation: host.generation.toString(),
+  };
+}
+
+export function runToWire(run: SlabRun): WireRun {
+  return { first: run.first.toString(), count: run.count, generation: run.generation.toString() };
+}
+
+export function runFromWire(run: SlabRun__Output): SlabRun {
+  return { first: slabNumber(run.first), count: run.count, generation: BigInt(run.generation) };
+}
+
+export function claimFromWire(claim: ClaimedSlab__Output): Claim {
+  return {
+    layerId: BigInt(claim.layer_id),
+    slab: slabNumber(claim.slab),
+    generation: BigInt(claim.generation),
+  };
+}
+
+export function slabNumber(text: string): number {
+  const number = Number(text);
+  if (!Number.isSafeInteger(number))
+    throw new HoldfastError('INVALID_ARGUMENT', `Slab ${text} does not exist.`);
+  return number;
+}
+
+export function sightingFromWire(seen: PoolSeen__Output): PoolSighting {
+  const authority = seen.authority;
+  return {
+    uuid: seen.uuid,
+    name: seen.name,
+    wwid: seen.wwid,
+    devicePath: seen.device_path,
+    fencing: fencingClass(seen.fencing),
+    slabSize: slabNumber(seen.slab_size),
+    slabCount: slabNumber(seen.slab_count),
+    volumeSlots: seen.volume_slots,
+    layerSlots: seen.layer_slots,
+    hostSlots: seen.host_slots,
+    renewIntervalMs: seen.renew_interval_ms,
+    leaseMs: seen.lease_ms,
+    drainMs: seen.drain_ms,
+    authority: {
+      storeId: authority?.store_id ?? '',
+      incarnation: BigInt(authority?.incarnation ?? 0),
+      term: BigInt(authority?.term ?? 0),
+    },
+  };
+}
+
+export function hostToWire(host: HostRecord, waitingFor: string): Host {
+  return {
+    pool_uuid: host.poolUuid,
+    node_id: host.nodeId,
+    host_id: host.hostId,
+    generation: host.generation.toString(),
+    state: `HOST_STATE_${host.state}`,
+    lock_path: host.lockPath,
+    machine_id: host.machineId,
+    boot_id: host.bootId,
+    fence_reason: host.fence?.reason ?? '',
+    waiting_for: host.state === 'FENCING' || host.state === 'CUTTING' ? waitingFor : '',
+    since_unix_ms: host.sinceUnixMs.toString(),
+  };
+}
+
+export function poolToWire(pool: PoolRecord, hosts: Host[], refusal: string | undefined): Pool {
+  return {
+    uuid: pool.uuid,
+    name: pool.name,
+    wwid: pool.wwid,
+    fencing: fencingNames[pool.fencing],
+    slab_size: pool.slabSize.toString(),
+    slab_count: pool.slabCount.toString(),
+    slabs_free: pool.slabsFree.toString(),
+    slabs_ahead: pool.slabsAhead.toString(),
+    volume_slots: pool.volumeSlots,
+    layer_slots: pool.layerSlots,
+    renew_interval_ms: pool.renewIntervalMs,
+    lease_ms: pool.leaseMs,
+    drain_ms: pool.drainMs,
+    incarnation: (pool.claimed?.incarnation ?? 0n).toString(),
+    hosts,
+    provisioned_bytes: pool.provisionedBytes.toString(),
+    state: refusal === undefined ? pool.state : 'REFUSED',
+    message: refusal ?? '',
+  };
+}
+
+export function layerToWire(layer: LayerRecord, slabs: readonly SlabRun[]): Layer {
+  return {
+    layer_id: layer.layerId.toString(),
+    slot: layer.slot,
+    parent_layer_id: layer.parentLayerId.toString(),
+    birth: layer.birth.toString(),
+    size_bytes: layer.sizeBytes.toString(),
+    frozen: layer.frozen,
+    slabs: slabs.map(runToWire),
+  };
+}
+
+/** @param layers left out of lists */
+export function volumeToWire(
+  volume: VolumeRecord,
+  { allocatedBytes, layers }: { allocatedBytes: bigint; layers?: Layer[] },
+): Volume {
+  const { publication, grant } = volume;
+  return {
+    uuid: volume.uuid,
+    volume_id: volume.volumeId.toString(),
+    name: volume.name,
+    pool_uuid: volume.poolUuid,
+    size_bytes: volume.sizeBytes.toString(),
+    parameters: volume.parameters,
+    state: volume.state,
+    epoch: grant.epoch.toString(),
+    grant: `GRANT_STATE_${grant.state}`,
+    granted_node_id: grant.state === 'FREE' ? '' : (grant.holder?.nodeId ?? ''),
+    publications:
+      publication === null
+        ? []
+        : [
+            {
+              publish_id: publication.publishId,
+              node_id: publication.nodeId,
+              access_mode: `ACCESS_MODE_${publication.accessMode}`,
+              read_only: publication.readOnly,
+              staged: publication.staged,
+              since_unix_ms: publication.sinceUnixMs.toString(),
+            },
+          ],
+    allocated_bytes: allocatedBytes.toString(),
+    created_unix_ms: volume.createdUnixMs.toString(),
+    layers: layers ?? [],
+    slot: volume.slot,
+  };
+}
+
+export function grantToWire(volume: VolumeRecord, layers: Layer[]): Grant {
+  return {
+    volume_uuid: volume.uuid,
+    volume_id: volume.volumeId.toString(),
+    slot: volume.slot,
+    name: volume.name,
+    size_bytes: volume.sizeBytes.toString(),
+    epoch: volume.grant.epoch.toString(),
+    layers,
+    parameters: volume.parameters,
+    read_only: volume.grant.readOnly,
+  };
+}
+
+export function auditToWire(entry: AuditEntry): AuditRecord {
+  return {
+    sequence: entry.sequence.toString(),
+    at_unix_ms: entry.atUnixMs.toString(),
+    event: entry.event,
+    pool_uuid: entry.poolUuid,
+    volume_uuid: entry.volumeUuid,
+    node_id: entry.nodeId,
+    epoch: entry.epoch.toString(),
+    generation: entry.generation.toString(),
+    proof: entry.proof,
+    detail: entry.detail,
+  };
+}

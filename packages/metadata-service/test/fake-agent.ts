@@ -1,0 +1,504 @@
+/**
+ * A scripted agent for tests of the metadata service: it speaks the real gRPC over a real socket, the disk is simulated in
+ * memory and shared by the agents of a test. The real agent (packages/csi-node) is tested end to end elsewhere.
+ */
+import { randomUUID } from 'node:crypto';
+import { credentials, type ClientDuplexStream } from '@grpc/grpc-js';
+import { call } from '@holdfast/common';
+import {
+  holdfast,
+  type AgentMessage,
+  type FencingClass,
+  type Grant__Output,
+  type HostRef__Output,
+  type Order__Output,
+  type OrderResult,
+  type ServiceMessage__Output,
+  type SlabRun__Output,
+  type Welcome__Output,
+} from '@holdfast/proto';
+
+interface SlabPage {
+  generation: bigint;
+  layerId: bigint;
+  bad: boolean;
+}
+interface RecordPage {
+  volumeId: string;
+  uuid: string;
+  name: string;
+  sizeBytes: string;
+  state: string;
+  epoch: bigint;
+  hostId: number;
+  generation: string;
+  slot: number;
+  layers: {
+    layer_id: string;
+    slot: number;
+    parent_layer_id: string;
+    birth: string;
+    size_bytes: string;
+    frozen: boolean;
+  }[];
+}
+
+/** The bytes of a pool, as far as the metadata service can see them through agents. */
+export class FakeDisk {
+  uuid = randomUUID();
+  name = 'pool';
+  wwid = 'wwid-1';
+  fencing: FencingClass = 'FENCING_CLASS_LOOP';
+  slabSize = 16 << 20;
+  slabCount = 1024;
+  volumeSlots = 64;
+  layerSlots = 128;
+  hostSlots = 16;
+  renewIntervalMs = 50;
+  leaseMs = 400;
+  drainMs = 50;
+  authority = { store_id: '', incarnation: '0', term: '0' };
+  readonly fences = new Map<string, bigint>();
+  readonly heartbeats = new Map<number, { state: string; generation: bigint; sequence: bigint }>();
+  readonly records = new Map<string, RecordPage>();
+  readonly pages = new Map<number, SlabPage>();
+  /** Lock paths that a process holds. */
+  readonly locks = new Set<string>();
+  /** Fence pages are acknowledged, but go nowhere. */
+  loseFencePages = false;
+
+  fenced(hostId: number): bigint {
+    return this.fences.get(`${hostId}`) ?? 0n;
+  }
+}
+
+export interface AgentOptions {
+  nodeId: string;
+  address: string;
+  disks: FakeDisk[];
+  machineId?: string;
+  bootId?: string;
+  maxVolumes?: number;
+}
+
+type Answer = Omit<OrderResult, 'order_id'>;
+
+export class FakeAgent {
+  readonly nodeId: string;
+  machineId: string;
+  bootId: string;
+  readonly lockPath: string;
+  readonly disks: Map<string, FakeDisk>;
+  readonly hosts = new Map<string, HostRef__Output>();
+  readonly stock = new Map<string, SlabRun__Output[]>();
+  readonly open = new Map<string, Grant__Output>();
+  readonly orders: Order__Output[] = [];
+  readonly messages: ServiceMessage__Output[] = [];
+  welcomed: Welcome__Output | undefined;
+  /** Orders by kind that get no answer (a hung engine). */
+  readonly mute = new Set<string>();
+  /** Replaces the answer to an order. */
+  readonly override = new Map<string, (order: Order__Output) => Answer>();
+  readonly client: InstanceType<typeof holdfast.Agents>;
+  #stream: ClientDuplexStream<AgentMessage, ServiceMessage__Output> | undefined;
+  readonly #options: AgentOptions;
+  #renewing: NodeJS.Timeout | undefined;
+  streamError: Error | undefined;
+
+  constructor(options: AgentOptions) {
+    this.#options = options;
+    this.nodeId = options.nodeId;
+    this.machineId = options.machineId ?? 'machine-1';
+    this.bootId = options.bootId ?? 'boot-1';
+    this.lockPath = `/run/${options.nodeId}/pool.lock`;
+    this.disks = new Map(options.disks.map((disk) => [disk.uuid, disk]));
+    this.client = new holdfast.Agents(options.address, credentials.createInsecure());
+  }
+
+  send(message: AgentMessage): void {
+    this.#stream?.write(message);
+  }
+
+  /** Opens the session and waits for the first Welcome. */
+  async connect(): Promise<Welcome__Output> {
+    const stream = this.client.Session();
+    this.#stream = stream;
+    const welcome = new Promise<Welcome__Output>((resolve, reject) => {
+      stream.on('data', (message: ServiceMessage__Output) => {
+        this.messages.push(message);
+        if (message.welcome) {
+          this.welcomed = message.welcome;
+          resolve(message.welcome);
+        }
+        if (message.order) this.#carryOut(message.order);
+      });
+      stream.on('error', (error: Error) => {
+        this.streamError = error;
+        reject(error);
+      });
+    });
+    this.send({
+      hello: {
+        node_id: this.nodeId,
+        name: this.nodeId.split('.')[0] ?? '',
+        machine_id: this.machineId,
+        boot_id: this.bootId,
+        version: 'test',
+        max_volumes: this.#options.maxVolumes ?? 0,
+        holding: [...this.hosts].map(([pool, host]) => ({
+          host,
+          volumes: [...this.open.values()].map((grant) => ({
+            volume_uuid: grant.volume_uuid,
+            epoch: grant.epoch,
+            claimed: this.claimsOf(pool, grant),
+          })),
+          stock: this.stock.get(pool) ?? [],
+        })),
+      },
+    });
+    const answer = await welcome;
+    this.reportPools();
+    return answer;
+  }
+
+  reportPools(change: (disk: FakeDisk) => object = () => ({})): void {
+    this.send({
+      pools_seen: {
+        pools: [...this.disks.values()].map((disk) => ({
+          uuid: disk.uuid,
+          name: disk.name,
+          wwid: disk.wwid,
+          device_path: '/dev/loop9',
+          fencing: disk.fencing,
+          slab_size: disk.slabSize,
+          slab_count: disk.slabCount,
+          volume_slots: disk.volumeSlots,
+          layer_slots: disk.layerSlots,
+          host_slots: disk.hostSlots,
+          renew_interval_ms: disk.renewIntervalMs,
+          lease_ms: disk.leaseMs,
+          drain_ms: disk.drainMs,
+          authority: { ...disk.authority },
+          ...change(disk),
+        })),
+      },
+    });
+  }
+
+  /** The agent process dies; its engine may live on. */
+  disconnect(): void {
+    this.#stream?.cancel();
+    this.#stream?.on('error', () => undefined);
+    this.#stream = undefined;
+  }
+
+  /** The whole node dies: engine, locks, heartbeat. */
+  kill(): void {
+    this.disconnect();
+    this.stopHeart();
+    for (const disk of this.disks.values()) disk.locks.delete(this.lockPath);
+    this.open.clear();
+    this.hosts.clear();
+    this.stock.clear();
+  }
+
+  /** Frozen: connected or not, nothing is answered and no heartbeat is written, but the lock is held. */
+  freeze(): void {
+    for (const kind of ['revoke', 'write_fence', 'read_heartbeat', 'test_lock', 'scan_slabs', 'wipe_volume'])
+      this.mute.add(kind);
+    this.stopHeart();
+  }
+
+  stopHeart(): void {
+    clearInterval(this.#renewing);
+    this.#renewing = undefined;
+  }
+
+  close(): void {
+    this.kill();
+    this.client.close();
+  }
+
+  async accepted(disk: FakeDisk): Promise<void> {
+    await until(() => this.welcomed?.accepted_pools.includes(disk.uuid) === true, `${this.nodeId} accepted`);
+  }
+
+  async join(disk: FakeDisk, previousIoDead = false): Promise<HostRef__Output> {
+    await this.accepted(disk);
+    const { host } = await call<object, { host: HostRef__Output | null }>(this.client, this.client.JoinPool, {
+      request_id: randomUUID(),
+      pool_uuid: disk.uuid,
+      node_id: this.nodeId,
+      machine_id: this.machineId,
+      boot_id: this.bootId,
+      lock_path: this.lockPath,
+      previous_io_dead: previousIoDead,
+    });
+    if (!host) throw new Error('JoinPool answered without a host');
+    this.hosts.set(disk.uuid, host);
+    disk.locks.add(this.lockPath);
+    this.startHeart(disk);
+    await this.ask('PoolReady', disk, {});
+    return host;
+  }
+
+  startHeart(disk: FakeDisk): void {
+    const renew = (): void => {
+      const host = this.hosts.get(disk.uuid);
+      if (host === undefined) return;
+      const before = disk.heartbeats.get(host.host_id);
+      const fenced = disk.fenced(host.host_id) >= BigInt(host.generation);
+      disk.heartbeats.set(host.host_id, {
+        state: fenced ? 'stopped' : 'live',
+        generation: BigInt(host.generation),
+        sequence: (before?.sequence ?? 0n) + 1n,
+      });
+      if (fenced) {
+        this.open.clear();
+        this.stopHeart();
+        this.send({ lease: { host, state: 'stopped', message: 'found its fence page' } });
+      }
+    };
+    renew();
+    this.#renewing = setInterval(renew, disk.renewIntervalMs);
+  }
+
+  /** A unary call of this host. */
+  ask<T = object>(
+    method:
+      | 'PoolReady'
+      | 'StageVolume'
+      | 'VolumeOpened'
+      | 'ReturnVolume'
+      | 'AllocateSlabs'
+      | 'ReportSlabs'
+      | 'ReturnSlabs',
+    disk: FakeDisk,
+    request: object,
+    timeoutMs = 10_000,
+  ): Promise<T> {
+    const merged = { request_id: randomUUID(), host: this.hosts.get(disk.uuid) ?? null, ...request };
+    return call(this.client, this.client[method], merged, { timeoutMs });
+  }
+
+  async stage(
+    disk: FakeDisk,
+    volumeUuid: string,
+    publishId: string,
+    readOnly = false,
+  ): Promise<Grant__Output> {
+    return await this.ask<Grant__Output>('StageVolume', disk, {
+      volume_uuid: volumeUuid,
+      publish_id: publishId,
+      read_only: readOnly,
+    });
+  }
+
+  /** Stages and opens: the record is written, as the engine does before anything else. */
+  async openVolume(disk: FakeDisk, volumeUuid: string, publishId: string): Promise<Grant__Output> {
+    const grant = await this.stage(disk, volumeUuid, publishId);
+    const host = this.hosts.get(disk.uuid);
+    const before = disk.records.get(volumeUuid);
+    if (before !== undefined && before.epoch >= BigInt(grant.epoch))
+      throw new Error('the record is newer than the grant');
+    disk.records.set(volumeUuid, {
+      volumeId: grant.volume_id,
+      uuid: volumeUuid,
+      name: grant.name,
+      sizeBytes: grant.size_bytes,
+      state: 'open',
+      epoch: BigInt(grant.epoch),
+      hostId: host?.host_id ?? 0,
+      generation: host?.generation ?? '0',
+      slot: grant.slot,
+      layers: grant.layers.map(({ slabs: _, ...layer }) => layer),
+    });
+    this.open.set(volumeUuid, grant);
+    await this.ask('VolumeOpened', disk, { volume_uuid: volumeUuid, epoch: grant.epoch });
+    return grant;
+  }
+
+  async returnVolume(disk: FakeDisk, volumeUuid: string): Promise<void> {
+    const grant = this.open.get(volumeUuid);
+    if (grant === undefined) throw new Error('not open');
+    this.#closeOnDisk(disk, volumeUuid);
+    await this.ask('ReturnVolume', disk, { volume_uuid: volumeUuid, epoch: grant.epoch });
+  }
+
+  #closeOnDisk(disk: FakeDisk, volumeUuid: string): void {
+    this.open.delete(volumeUuid);
+    const record = disk.records.get(volumeUuid);
+    if (record !== undefined) record.state = 'closed';
+  }
+
+  async allocate(disk: FakeDisk, count: number): Promise<SlabRun__Output[]> {
+    const { runs } = await this.ask<{ runs: SlabRun__Output[] }>('AllocateSlabs', disk, { count });
+    this.stock.set(disk.uuid, [...(this.stock.get(disk.uuid) ?? []), ...runs]);
+    return runs;
+  }
+
+  /** Writes the claim page; the report is the caller's business. */
+  claim(
+    disk: FakeDisk,
+    grant: Grant__Output,
+  ): { volume_id: string; layer_id: string; slab: string; generation: string } {
+    const stock = this.stock.get(disk.uuid) ?? [];
+    const run = stock.find((candidate) => candidate.count > 0);
+    if (run === undefined) throw new Error('no slabs ahead');
+    const slab = Number(run.first);
+    run.first = String(slab + 1);
+    run.count -= 1;
+    const layerId = grant.layers[0]?.layer_id ?? '0';
+    disk.pages.set(slab, { generation: BigInt(run.generation), layerId: BigInt(layerId), bad: false });
+    return { volume_id: grant.volume_id, layer_id: layerId, slab: String(slab), generation: run.generation };
+  }
+
+  claimsOf(poolUuid: string, grant: Grant__Output): object[] {
+    const layerId = grant.layers[0]?.layer_id ?? '0';
+    return [...(this.disks.get(poolUuid)?.pages ?? [])]
+      .filter(([, page]) => page.layerId === BigInt(layerId))
+      .map(([slab, page]) => ({
+        volume_id: grant.volume_id,
+        layer_id: layerId,
+        slab: String(slab),
+        generation: page.generation.toString(),
+      }));
+  }
+
+  #carryOut(order: Order__Output): void {
+    this.orders.push(order);
+    const kind = order.order ?? '';
+    if (this.mute.has(kind)) return;
+    const disk = this.disks.get(order.pool_uuid);
+    const run = this.override.get(kind) ?? ((given: Order__Output) => this.#answer(given, disk));
+    const finish = (): void => {
+      let answer: Answer;
+      try {
+        answer = run(order);
+      } catch (error) {
+        answer = { error_code: 'HF_TEST', error_message: String(error) };
+      }
+      this.send({ order_result: { order_id: order.order_id, ...answer } });
+    };
+    if (order.claim_authority) setTimeout(finish, Number(order.claim_authority.wait_ms));
+    else finish();
+  }
+
+  #answer(order: Order__Output, disk: FakeDisk | undefined): Answer {
+    if (disk === undefined) return { error_code: 'UNAVAILABLE', error_message: 'no such pool here' };
+    if (order.claim_authority) {
+      const mine = {
+        store_id: order.claim_authority.store_id,
+        incarnation: order.incarnation,
+        term: order.term,
+      };
+      const page = disk.authority;
+      const newer =
+        BigInt(page.incarnation) > BigInt(mine.incarnation) ||
+        (page.incarnation === mine.incarnation && BigInt(page.term) > BigInt(mine.term));
+      if ((page.store_id !== '' && page.store_id !== mine.store_id) || newer) {
+        return {
+          error_code: 'HF_STALE',
+          error_message: `the page is of ${page.store_id}, term ${page.term}.`,
+        };
+      }
+      disk.authority = mine;
+      return {};
+    }
+    if (order.write_fence) {
+      if (!disk.loseFencePages)
+        disk.fences.set(String(order.write_fence.host_id), BigInt(order.write_fence.generation));
+      return {};
+    }
+    if (order.read_fence) {
+      const generation = disk.fenced(order.read_fence.host_id);
+      return { fence: { host_id: order.read_fence.host_id, generation: generation.toString() } };
+    }
+    if (order.read_heartbeat) {
+      const beat = disk.heartbeats.get(order.read_heartbeat.host_id);
+      return {
+        heartbeat: {
+          host_id: order.read_heartbeat.host_id,
+          state: beat?.state ?? 'empty',
+          generation: (beat?.generation ?? 0n).toString(),
+          sequence: (beat?.sequence ?? 0n).toString(),
+        },
+      };
+    }
+    if (order.test_lock) return { lock_free: !disk.locks.has(order.test_lock.lock_path) };
+    if (order.revoke) return this.#revoke(disk, order.revoke.volume_uuid, order.revoke.epoch);
+    if (order.scan_slabs) {
+      const owners = order.scan_slabs.runs.flatMap((run) =>
+        Array.from({ length: run.count }, (_, index) => {
+          const slab = Number(run.first) + index;
+          const page = disk.pages.get(slab);
+          return {
+            slab: String(slab),
+            generation: (page?.generation ?? 0n).toString(),
+            layer_id: (page?.layerId ?? 0n).toString(),
+            state: page === undefined ? 'free' : page.bad ? 'bad' : 'claimed',
+          };
+        }),
+      );
+      return { slab_owners: { owners } };
+    }
+    if (order.wipe_volume) return wipe(disk, order.wipe_volume);
+    if (order.read_volume_record)
+      return { volume_record: readRecord(disk, order.read_volume_record.volume_uuid) };
+    return { error_code: 'UNIMPLEMENTED', error_message: `order ${order.order}` };
+  }
+
+  #revoke(disk: FakeDisk, uuid: string, epoch: string): Answer {
+    const grant = this.open.get(uuid);
+    if (grant?.epoch !== epoch) return { error_code: 'UNKNOWN_VOLUME', error_message: 'not open here' };
+    const claimed = this.claimsOf(disk.uuid, grant);
+    this.#closeOnDisk(disk, uuid);
+    return { revoked: { epoch, was_open: true, claimed } };
+  }
+}
+
+function wipe(disk: FakeDisk, order: NonNullable<Order__Output['wipe_volume']>): Answer {
+  const record = [...disk.records.values()].find((candidate) => candidate.volumeId === order.volume_id);
+  if (record !== undefined && record.epoch > BigInt(order.closed_epoch)) {
+    return { error_code: 'HF_STALE', error_message: 'the record is newer' };
+  }
+  if (record !== undefined) disk.records.delete(record.uuid);
+  for (const layer of order.layers) {
+    for (const run of layer.slabs) {
+      for (let index = 0; index < run.count; index++) disk.pages.delete(Number(run.first) + index);
+    }
+  }
+  return {};
+}
+
+function readRecord(disk: FakeDisk, uuid: string): OrderResult['volume_record'] {
+  const record = disk.records.get(uuid);
+  if (record === undefined) return { found: false };
+  return {
+    found: true,
+    volume_id: record.volumeId,
+    state: record.state,
+    epoch: record.epoch.toString(),
+    host_id: record.hostId,
+    generation: record.generation,
+    slot: record.slot,
+    uuid,
+    name: record.name,
+    size_bytes: record.sizeBytes,
+    parameters_json: '{}',
+    layers: record.layers,
+  };
+}
+
+/** Waits until something is so. */
+export async function until(
+  condition: () => boolean | Promise<boolean>,
+  what: string,
+  timeoutMs = 10_000,
+): Promise<void> {
+  const end = performance.now() + timeoutMs;
+  while (!(await condition())) {
+    if (performance.now() > end) throw new Error(`never: ${what}`);
+    await new Promise((resolve) => setTimeout(resolve, 10));
+  }
+}
