@@ -311,7 +311,7 @@ export class FakeAgent {
       hostId: host?.host_id ?? 0,
       generation: host?.generation ?? '0',
       slot: grant.slot,
-      layers: grant.layers.map(({ slabs: _, ...layer }) => layer),
+      layers: grant.layers.map((layer) => ({ ...layer, slabs: undefined })),
     });
     this.open.set(volumeUuid, grant);
     await this.ask('VolumeOpened', disk, { volume_uuid: volumeUuid, epoch: grant.epoch });

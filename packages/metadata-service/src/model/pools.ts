@@ -53,7 +53,7 @@ export function seePool(d: Decision, nodeId: string, seen: PoolSighting): Sighti
         'start the one with the newest database.',
     };
   }
-  const claimedNow = pool?.claimed != null && same(pool.claimed, d.service);
+  const claimedNow = pool !== undefined && pool.claimed !== null && same(pool.claimed, d.service);
   // A look from before this service's own claim is no surprise; one without an owner at the start of a term is.
   if (authority.storeId === '' && pool?.claimed && !claimedNow) {
     return {

@@ -387,12 +387,7 @@ function insertFromDisk(d: Decision, pool: PoolRecord, uuid: string, disk: Volum
   markSlot(d, pool, 'volume', disk.slot, true);
   for (const layer of disk.layers) {
     markSlot(d, pool, 'layer', layer.slot, true);
-    tables.layer.put(
-      d.tx,
-      { ...layer, volumeUuid: uuid, slabCount: 0 } as LayerRecord,
-      pool.uuid,
-      layer.layerId,
-    );
+    tables.layer.put(d.tx, { ...layer, volumeUuid: uuid, slabCount: 0 }, pool.uuid, layer.layerId);
     if (layer.layerId >= pool.nextLayerId) pool.nextLayerId = layer.layerId + 1n;
   }
   if (disk.volumeId >= pool.nextVolumeId) pool.nextVolumeId = disk.volumeId + 1n;

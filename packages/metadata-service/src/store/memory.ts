@@ -50,7 +50,7 @@ export class MemoryStore implements Store {
       assertSynchronous(result);
       return result;
     } catch (error) {
-      for (const [key, before] of undo.reverse()) this.#set(key, before);
+      for (const [key, before] of undo.toReversed()) this.#set(key, before);
       throw error;
     } finally {
       this.#inTransaction = false;
@@ -83,8 +83,8 @@ export class MemoryStore implements Store {
     if (after !== undefined && !reverse) low = Math.max(low, this.#lowerBound(`${after}\0`));
     if (after !== undefined && reverse) high = Math.min(high, this.#lowerBound(after));
     const found = this.#keys.slice(low, Math.max(low, high));
-    if (reverse) found.reverse();
-    return found.slice(0, limit).map((key) => [key, decode(this.#values.get(key) as string)]);
+    const ordered = reverse ? found.toReversed() : found;
+    return ordered.slice(0, limit).map((key) => [key, decode(this.#values.get(key) as string)]);
   }
 
   #set(key: string, text: string | undefined): void {
