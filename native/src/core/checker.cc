@@ -25,6 +25,16 @@ constexpr size_t kPairSize = 2 * kPageSize;
 constexpr size_t kBigRead = 4u << 20;
 constexpr size_t kMaxTwice = 1000;  // chunks mapped twice that are named one by one
 
+struct VolumeSeen {
+  uint32_t slot = 0;
+  std::string name;
+  VolumeState state = VolumeState::kFree;
+  bool unclean = false;
+  uint64_t size_bytes = 0;
+  uint64_t top_layer_id = 0;
+  uint64_t epoch = 0;
+};
+
 struct LayerSeen {
   LayerRecordInfo info;
   uint64_t chunks = 0;             // how many logical chunks it may map
@@ -258,9 +268,12 @@ class Checker {
                place("generation", record.generation) + ", which is fenced")
           .volume_id = record.volume_id;
     }
-    if (!volumes_.emplace(record.volume_id, std::pair(slot, record)).second) {
-      wrong("volume-twice", "has two records, in slots " + std::to_string(volumes_.at(record.volume_id).first) +
-                                " and " + std::to_string(slot));
+    VolumeSeen seen{slot, field_text(record.name), record.state, (record.header.flags & format::kVolumeUnclean) != 0,
+                    record.size_bytes, record.top_layer_id, record.epoch};
+    const auto [existing, fresh] = volumes_.try_emplace(record.volume_id, std::move(seen));
+    if (!fresh) {
+      wrong("volume-twice", "has two records, in slots " + std::to_string(existing->second.slot) + " and " +
+                                std::to_string(slot));
     }
   }
 
@@ -287,7 +300,7 @@ class Checker {
       if (record.layer_id == 0) return;
       if (copies.degraded()) {
         const auto volume = volumes_.find(record.volume_id);
-        const bool open = volume != volumes_.end() && volume->second.second.state == VolumeState::kOpen;
+        const bool open = volume != volumes_.end() && volume->second.state == VolumeState::kOpen;
         find_at(open ? Severity::kInfo : Severity::kWarning, "layer-record-copy-bad", offset, kPairSize,
                 "one copy of the record of " + place("layer", record.layer_id) + " is damaged (" + copy_states(copies) +
                     "); the other serves")
@@ -323,13 +336,12 @@ class Checker {
       seen.chunks = (seen.info.size_bytes + format::kChunkSize - 1) / format::kChunkSize;
       if (seen.info.state != LayerState::kDeleted) check_chain(id, seen);
     }
-    for (const auto& [id, entry] : volumes_) {
-      const format::VolumeRecord& volume = entry.second;
+    for (const auto& [id, volume] : volumes_) {
       const auto top = layers_.find(volume.top_layer_id);
       if (top == layers_.end() || top->second.info.state == LayerState::kDeleted) {
         CheckFinding& finding = find_at(
-            Severity::kError, "volume-without-layer", volume_record_offset(s_, entry.first), kPairSize,
-            "volume " + std::to_string(id) + " (" + field_text(volume.name) + ") has " +
+            Severity::kError, "volume-without-layer", volume_record_offset(s_, volume.slot), kPairSize,
+            "volume " + std::to_string(id) + " (" + volume.name + ") has " +
                 place("layer", volume.top_layer_id) + " as its top, which " +
                 (top == layers_.end() ? "has no record" : "is deleted"));
         finding.volume_id = id;
@@ -339,7 +351,7 @@ class Checker {
       LayerSeen& seen = top->second;
       seen.is_top = true;
       seen.epoch = volume.epoch;
-      seen.settled = volume.state == VolumeState::kClosed && (volume.header.flags & format::kVolumeUnclean) == 0;
+      seen.settled = volume.state == VolumeState::kClosed && !volume.unclean;
       seen.chunks = std::max(seen.chunks, (volume.size_bytes + format::kChunkSize - 1) / format::kChunkSize);
     }
     for (auto& [id, seen] : layers_) {
@@ -588,8 +600,8 @@ class Checker {
   CheckReport report_;
   uint64_t total_pages_ = 0;
   std::unordered_map<uint32_t, uint64_t> fenced_;  // host id -> highest generation that is fenced
-  std::map<uint64_t, std::pair<uint32_t, format::VolumeRecord>> volumes_;  // id -> slot, record; not the deleted ones
-  std::map<uint64_t, LayerSeen> layers_;
+  std::map<uint64_t, VolumeSeen> volumes_;         // by id; not the deleted ones
+  std::map<uint64_t, LayerSeen> layers_;           // by id
   std::vector<Twice> twice_;
   uint64_t twice_count_ = 0;
 };

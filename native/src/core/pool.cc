@@ -158,6 +158,43 @@ std::string hex(uint64_t value) {
   return text;
 }
 
+// Prepares the pages of slabs that the device has gained, and counts them in `s`.
+Status add_slabs(SyncDevice& device, Superblock* s, uint64_t device_bytes, uint64_t slabs, const Progress& progress) {
+  // Slab pages that the last region has always had: never used, so still blank. Anything else is damage.
+  std::vector<Area> kept;
+  const uint64_t in_last = s->slab_count % format::kSlabsPerRegion;
+  if (in_last != 0) {
+    const uint64_t first_new = format::slab_page_offset(s->first_region_offset, s->slab_count - 1) +
+                               format::kSlabPairSize;
+    kept.push_back({first_new, (format::kSlabsPerRegion - in_last) * format::kSlabPairSize});
+  }
+  std::vector<Area> fresh;
+  for (uint64_t region = region_count(s->slab_count); region < region_count(slabs); region++) {
+    fresh.push_back({s->first_region_offset + region * format::kRegionStride, format::kRegionPagesSize});
+  }
+  const uint64_t tail = (device.size_bytes() - format::kTailReserve) / kPageSize * kPageSize;
+  fresh.push_back({tail, device.size_bytes() / kPageSize * kPageSize - tail});
+  Zeroer zeroer(device, total_length(kept) + total_length(fresh), progress);
+  if (Status status = zeroer.verify(kept, Code::kCorrupt,
+                                    "holds slab pages that nothing may have written yet; run `holdfast pool check`");
+      !status.ok()) {
+    return status;
+  }
+  if (Status status = zeroer.zero(fresh); !status.ok()) return status;
+  if (Status status = zeroer.verify(fresh); !status.ok()) return status;
+  s->device_bytes = device_bytes;
+  s->slab_count = slabs;
+  return {};
+}
+
+// Whether the copy at `address` is the one that `s` was read from (its sequence is still the old one).
+bool holds_superblock(SyncDevice& device, const Superblock& s, uint64_t address) {
+  PageBuffer page(kPageSize);
+  return device.read(address, page.data(), kPageSize).ok() &&
+         verify(page.at<Superblock>(), s.header.pool, address) == PageState::kOk &&
+         page.at<Superblock>().header.sequence == s.header.sequence;
+}
+
 }  // namespace
 
 Result<PoolInfo> write_pool(SyncDevice& device, const Superblock& template_superblock, const Uuid& uuid,
@@ -273,41 +310,13 @@ Result<PoolInfo> grow_pool(SyncDevice& device, const PoolInfo& info, const Progr
   Superblock s = now->superblock;
   const uint64_t device_bytes = (device.size_bytes() - format::kTailReserve) / kPageSize * kPageSize;
   const uint64_t slabs = slabs_that_fit(s.first_region_offset, device_bytes);
-  if (device_bytes <= s.device_bytes || slabs <= s.slab_count) return now;
-
-  // Slab pages that the last region has always had: never used, so still blank. Anything else is damage.
-  std::vector<Area> kept;
-  const uint64_t in_last = s.slab_count % format::kSlabsPerRegion;
-  if (in_last != 0) {
-    const uint64_t first_new = format::slab_page_offset(s.first_region_offset, s.slab_count - 1) +
-                               format::kSlabPairSize;
-    kept.push_back({first_new, (format::kSlabsPerRegion - in_last) * format::kSlabPairSize});
+  const bool grows = device_bytes > s.device_bytes && slabs > s.slab_count;
+  // An update that was cut off between the two superblocks, or a damaged copy: made whole on the way.
+  if (!grows && now->warnings.empty()) return now;
+  if (grows) {
+    if (Status status = add_slabs(device, &s, device_bytes, slabs, progress); !status.ok()) return status;
   }
-  std::vector<Area> fresh;
-  for (uint64_t region = region_count(s.slab_count); region < region_count(slabs); region++) {
-    fresh.push_back({s.first_region_offset + region * format::kRegionStride, format::kRegionPagesSize});
-  }
-  const uint64_t tail = (device.size_bytes() - format::kTailReserve) / kPageSize * kPageSize;
-  fresh.push_back({tail, device.size_bytes() / kPageSize * kPageSize - tail});
-  Zeroer zeroer(device, total_length(kept) + total_length(fresh), progress);
-  if (Status status = zeroer.verify(kept, Code::kCorrupt,
-                                    "holds slab pages that nothing may have written yet; run `holdfast pool check`");
-      !status.ok()) {
-    return status;
-  }
-  if (Status status = zeroer.zero(fresh); !status.ok()) return status;
-  if (Status status = zeroer.verify(fresh); !status.ok()) return status;
-
-  s.device_bytes = device_bytes;
-  s.slab_count = slabs;
-  const int newest = [&] {
-    PageBuffer a(kPageSize);
-    return device.read(format::kSuperblockAOffset, a.data(), kPageSize).ok() &&
-                   verify(a.at<Superblock>(), info.uuid, format::kSuperblockAOffset) == PageState::kOk &&
-                   a.at<Superblock>().header.sequence == s.header.sequence
-               ? 0
-               : 1;
-  }();
+  const int newest = holds_superblock(device, s, format::kSuperblockAOffset) ? 0 : 1;
   if (Status status = write_superblocks(device, s, info.uuid, s.header.sequence + 1, 1 - newest); !status.ok()) {
     return status;
   }

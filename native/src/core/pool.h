@@ -115,7 +115,8 @@ Result<PoolInfo> read_pool(SyncDevice& device);
 // copied image. Unknown identities can't be compared; that is a warning in `info`.
 Status check_wwid(PoolInfo& info, const std::string& wwid, const std::string& device);
 // After the device grew: gives the last region its missing slabs, adds regions (slab pages zeroed and read back
-// first), then rewrites the superblocks. Nothing to do is not an error. Slab numbers never change.
+// first), then rewrites the superblocks. A superblock that is damaged or behind is rewritten too. Nothing to do is
+// not an error. Slab numbers never change.
 Result<PoolInfo> grow_pool(SyncDevice& device, const PoolInfo& info, const Progress& progress);
 
 // ---- By path: what the tools and the engine use. A path is a block device or an image file.

@@ -73,7 +73,6 @@ VolumeRecordInfo decode(uint32_t slot, const VolumeRecord& r, const Copies& copi
   info.fenced = r.fenced != 0;
   info.parameters_json.assign(r.parameters, std::min<size_t>(r.parameters_length, sizeof r.parameters));
   info.degraded = copies.degraded();
-  info.record = r;
   return info;
 }
 
@@ -88,7 +87,6 @@ LayerRecordInfo decode(uint32_t slot, const LayerRecord& r, const Copies& copies
   info.state = r.state;
   info.snapshot_name = field_text(r.snapshot_name);
   info.degraded = copies.degraded();
-  info.record = r;
   return info;
 }
 
@@ -97,24 +95,34 @@ uint64_t id_of(const LayerRecord& r) { return r.layer_id; }
 const char* kind_of(const VolumeRecord*) { return "volume record "; }
 const char* kind_of(const LayerRecord*) { return "layer record "; }
 
+// Reads the pair of a slot; not ok when both copies are damaged.
+template <typename Record>
+Status read_used_pair(SyncDevice& device, const Superblock& s, uint32_t slot, uint64_t offset, PairOf<Record>* pair) {
+  if (Status status = read_pair(device, s, offset, pair); !status.ok()) return status;
+  if (!pair->copies.bad()) return {};
+  return damaged_status(device, kind_of(static_cast<Record*>(nullptr)) + std::to_string(slot), offset, pair->copies);
+}
+
+template <typename Record>
+Result<std::optional<Record>> load_record(SyncDevice& device, const Superblock& s, uint32_t slot, uint64_t offset) {
+  PairOf<Record> pair;
+  if (Status status = read_used_pair(device, s, slot, offset, &pair); !status.ok()) return status;
+  if (!pair.copies.valid() || id_of(pair.newest()) == 0) return std::optional<Record>();
+  return std::optional<Record>(pair.newest());
+}
+
 template <typename Info, typename Record>
 Result<std::optional<Info>> read_record(SyncDevice& device, const Superblock& s, uint32_t slot, uint64_t offset) {
   PairOf<Record> pair;
-  if (Status status = read_pair(device, s, offset, &pair); !status.ok()) return status;
-  if (pair.copies.bad()) {
-    return damaged_status(device, kind_of(static_cast<Record*>(nullptr)) + std::to_string(slot), offset, pair.copies);
-  }
-  if (pair.copies.blank() || id_of(pair.newest()) == 0) return std::optional<Info>();
+  if (Status status = read_used_pair(device, s, slot, offset, &pair); !status.ok()) return status;
+  if (!pair.copies.valid() || id_of(pair.newest()) == 0) return std::optional<Info>();
   return std::optional<Info>(decode(slot, pair.newest(), pair.copies));
 }
 
 template <typename Record>
 Status write_record(SyncDevice& device, const Superblock& s, uint32_t slot, uint64_t offset, const Record& record) {
   PairOf<Record> pair;
-  if (Status status = read_pair(device, s, offset, &pair); !status.ok()) return status;
-  if (pair.copies.bad()) {
-    return damaged_status(device, kind_of(static_cast<Record*>(nullptr)) + std::to_string(slot), offset, pair.copies);
-  }
+  if (Status status = read_used_pair(device, s, slot, offset, &pair); !status.ok()) return status;
   return write_next(device, s, offset, pair, record);
 }
 
@@ -155,8 +163,8 @@ std::string epoch_text(uint64_t epoch) {
 }
 
 // Reads the record of a volume, which must be there.
-Result<VolumeRecordInfo> require_volume(SyncDevice& device, const Superblock& s, uint32_t slot, uint64_t volume_id) {
-  Result<std::optional<VolumeRecordInfo>> found = read_volume_record(device, s, slot);
+Result<VolumeRecord> require_volume(SyncDevice& device, const Superblock& s, uint32_t slot, uint64_t volume_id) {
+  Result<std::optional<VolumeRecord>> found = load_volume_record(device, s, slot);
   if (!found.ok()) return found.status;
   if (!found->has_value() || (*found)->volume_id != volume_id) {
     return Status{Code::kStale, "volume slot " + std::to_string(slot) + " holds " +
@@ -178,6 +186,16 @@ Result<std::optional<VolumeRecordInfo>> read_volume_record(SyncDevice& device, c
 Result<std::optional<LayerRecordInfo>> read_layer_record(SyncDevice& device, const Superblock& s, uint32_t slot) {
   if (Status status = slot_in_range("layer", slot, s.layer_slots); !status.ok()) return status;
   return read_record<LayerRecordInfo, LayerRecord>(device, s, slot, layer_record_offset(s, slot));
+}
+
+Result<std::optional<VolumeRecord>> load_volume_record(SyncDevice& device, const Superblock& s, uint32_t slot) {
+  if (Status status = slot_in_range("volume", slot, s.volume_slots); !status.ok()) return status;
+  return load_record<VolumeRecord>(device, s, slot, volume_record_offset(s, slot));
+}
+
+Result<std::optional<LayerRecord>> load_layer_record(SyncDevice& device, const Superblock& s, uint32_t slot) {
+  if (Status status = slot_in_range("layer", slot, s.layer_slots); !status.ok()) return status;
+  return load_record<LayerRecord>(device, s, slot, layer_record_offset(s, slot));
 }
 
 Status write_volume_record(SyncDevice& device, const Superblock& s, uint32_t slot, const VolumeRecord& record) {
@@ -202,7 +220,7 @@ Result<std::vector<LayerRecordInfo>> read_layer_records(SyncDevice& device, cons
 
 Status write_volume_closed(SyncDevice& device, const Superblock& s, uint32_t slot, uint64_t volume_id,
                            uint64_t epoch) {
-  Result<VolumeRecordInfo> found = require_volume(device, s, slot, volume_id);
+  Result<VolumeRecord> found = require_volume(device, s, slot, volume_id);
   if (!found.ok()) return found.status;
   if (found->epoch != epoch) {
     return {Code::kStale, "volume " + std::to_string(volume_id) + " is at epoch " + epoch_text(found->epoch) +
@@ -212,7 +230,7 @@ Status write_volume_closed(SyncDevice& device, const Superblock& s, uint32_t slo
   if (found->state != format::VolumeState::kOpen) {
     return {Code::kStale, "volume " + std::to_string(volume_id) + " is deleted; its record is left alone"};
   }
-  VolumeRecord record = found->record;
+  VolumeRecord record = *found;
   record.state = format::VolumeState::kClosed;
   record.header.flags |= format::kVolumeUnclean;
   return write_volume_record(device, s, slot, record);
@@ -220,9 +238,9 @@ Status write_volume_closed(SyncDevice& device, const Superblock& s, uint32_t slo
 
 Status check_volume_still_ours(SyncDevice& device, const Superblock& s, uint32_t slot, uint64_t volume_id,
                                uint64_t epoch, uint32_t host_id, uint64_t generation) {
-  Result<VolumeRecordInfo> found = require_volume(device, s, slot, volume_id);
+  Result<VolumeRecord> found = require_volume(device, s, slot, volume_id);
   if (!found.ok()) return found.status;
-  if (found->epoch == epoch && found->host_id == host_id && found->generation == generation && !found->fenced &&
+  if (found->epoch == epoch && found->host_id == host_id && found->generation == generation && found->fenced == 0 &&
       found->state == format::VolumeState::kOpen) {
     return {};
   }

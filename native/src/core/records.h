@@ -34,7 +34,6 @@ struct VolumeRecordInfo {
   bool fenced = false;
   std::string parameters_json;
   bool degraded = false;          // the other copy is damaged
-  format::VolumeRecord record;    // as it stands on disk
 };
 
 struct LayerRecordInfo {
@@ -47,7 +46,6 @@ struct LayerRecordInfo {
   format::LayerState state = format::LayerState::kFree;
   std::string snapshot_name;
   bool degraded = false;
-  format::LayerRecord record;
 };
 
 // Empty: the slot was never used. kCorrupt: neither copy is usable.
@@ -55,6 +53,11 @@ Result<std::optional<VolumeRecordInfo>> read_volume_record(SyncDevice& device, c
                                                            uint32_t slot);
 Result<std::optional<LayerRecordInfo>> read_layer_record(SyncDevice& device, const format::Superblock& superblock,
                                                          uint32_t slot);
+// The same, whole, for changing a field and writing it back.
+Result<std::optional<format::VolumeRecord>> load_volume_record(SyncDevice& device, const format::Superblock& superblock,
+                                                               uint32_t slot);
+Result<std::optional<format::LayerRecord>> load_layer_record(SyncDevice& device, const format::Superblock& superblock,
+                                                             uint32_t slot);
 // Writes `record` (its header is filled in) over the copy that does not serve, with the next sequence, durably.
 // Refuses to build on a slot whose copies are both damaged (kCorrupt).
 Status write_volume_record(SyncDevice& device, const format::Superblock& superblock, uint32_t slot,

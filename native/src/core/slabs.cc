@@ -159,7 +159,7 @@ Status wipe_volume(SyncDevice& device, const Superblock& s, const WipeRequest& r
       if (Status status = check_run(s, run); !status.ok()) return status;
     }
   }
-  Result<std::optional<VolumeRecordInfo>> volume = read_volume_record(device, s, request.slot);
+  Result<std::optional<format::VolumeRecord>> volume = load_volume_record(device, s, request.slot);
   if (!volume.ok()) return volume.status;
   // A slot that never saw this volume: it was never opened, and there is nothing to say about it.
   if (volume->has_value() && (*volume)->volume_id == request.volume_id) {
@@ -168,7 +168,7 @@ Status wipe_volume(SyncDevice& device, const Superblock& s, const WipeRequest& r
                             "deletion names; nothing was deleted"};
     }
     if ((*volume)->state != format::VolumeState::kDeleted) {
-      format::VolumeRecord record = (*volume)->record;
+      format::VolumeRecord record = **volume;
       record.state = format::VolumeState::kDeleted;
       record.header.flags = 0;
       if (Status status = write_volume_record(device, s, request.slot, record); !status.ok()) return status;
@@ -176,11 +176,11 @@ Status wipe_volume(SyncDevice& device, const Superblock& s, const WipeRequest& r
   }
   Wiper wiper(device, s);
   for (const WipeLayer& layer : request.layers) {
-    Result<std::optional<LayerRecordInfo>> found = read_layer_record(device, s, layer.slot);
+    Result<std::optional<format::LayerRecord>> found = load_layer_record(device, s, layer.slot);
     if (!found.ok()) return found.status;
     if (found->has_value() && (*found)->layer_id == layer.layer_id &&
         (*found)->state != format::LayerState::kDeleted) {
-      format::LayerRecord record = (*found)->record;
+      format::LayerRecord record = **found;
       record.state = format::LayerState::kDeleted;
       if (Status status = write_layer_record(device, s, layer.slot, record); !status.ok()) return status;
     }
