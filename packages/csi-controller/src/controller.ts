@@ -14,6 +14,7 @@ import {
   poolsOfTopology,
   poolTopology,
   PUBLISH_ID,
+  PUBLISH_READ_ONLY,
   readCapability,
   readParameters,
   requireField,
@@ -224,20 +225,20 @@ export class ControllerService {
     requireField(request.node_id, 'node_id');
     const capability = readCapability(request.volume_capability);
     const handle = requireHandle(request.volume_id);
-    return this.#inFlight.run([`volume ${request.volume_id}`], async () => ({
-      publish_context: {
-        [PUBLISH_ID]: await this.#metadata.publishVolume(
-          {
-            uuid: handle.volumeUuid,
-            node_id: request.node_id,
-            access_mode: `ACCESS_MODE_${capability.mode}` satisfies AccessMode,
-            read_only: request.readonly || capability.mode === 'SINGLE_NODE_READER_ONLY',
-            volume_context: request.volume_context,
-          },
-          context,
-        ),
-      },
-    }));
+    const readOnly = request.readonly || capability.mode === 'SINGLE_NODE_READER_ONLY';
+    return this.#inFlight.run([`volume ${request.volume_id}`], async () => {
+      const publishId = await this.#metadata.publishVolume(
+        {
+          uuid: handle.volumeUuid,
+          node_id: request.node_id,
+          access_mode: `ACCESS_MODE_${capability.mode}` satisfies AccessMode,
+          read_only: readOnly,
+          volume_context: request.volume_context,
+        },
+        context,
+      );
+      return { publish_context: { [PUBLISH_ID]: publishId, [PUBLISH_READ_ONLY]: String(readOnly) } };
+    });
   }
 
   async unpublish(

@@ -20,6 +20,8 @@ export function poolsOfTopology(segments: Readonly<Record<string, string>>): str
 
 /** Keys of `publish_context`: what ControllerPublish hands to NodeStage. */
 export const PUBLISH_ID = 'publishId';
+/** "true" where the volume was published read-only: NodeStage has no field for that. */
+export const PUBLISH_READ_ONLY = 'readOnly';
 
 /** Names of the volume parameters that the service keeps and `volume_context` carries. */
 export const volumeParameterKeys = { fsType: 'fsType', mkfsOptions: 'mkfsOptions' } as const;

@@ -1,0 +1,1 @@
+export { startCsiNode, type CsiNodeOptions, type RunningCsiNode } from './server.ts';
