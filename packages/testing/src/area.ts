@@ -19,6 +19,8 @@ export interface LoopDevice {
   readonly path: string;
   /** The sparse file under it. */
   readonly file: string;
+  /** Takes the file's new size. */
+  refresh(): Promise<void>;
   /** Detaches; repeating is fine. */
   detach(): Promise<void>;
 }
@@ -90,8 +92,11 @@ export class TestArea {
       attached = false;
       await execa('losetup', ['-d', path], { timeout: 20_000 });
     };
+    const refresh = async (): Promise<void> => {
+      await execa('losetup', ['-c', path], { timeout: 20_000 });
+    };
     this.onDispose(detach);
-    return { path, file, detach };
+    return { path, file, refresh, detach };
   }
 
   /** Starts a process that dies with the area. */

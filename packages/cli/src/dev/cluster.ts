@@ -52,7 +52,7 @@ const programs = {
   metadataService: join(packagesDir, 'metadata-service/dist/main.js'),
   controller: join(packagesDir, 'csi-controller/dist/main.js'),
   agent: join(packagesDir, 'csi-node/dist/agent/main.js'),
-  node: join(packagesDir, 'csi-node/dist/main.js'),
+  node: join(packagesDir, 'csi-node/dist/csi/main.js'),
   keeper: resolve(packagesDir, '../native/build/Release/holdfast-keeper'),
 };
 
@@ -440,6 +440,8 @@ export class DevCluster {
       `unix:${node.csiSocket}`,
       '--agent',
       `unix:${node.agentSocket}`,
+      '--state-dir',
+      join(node.directory, 'csi'),
     ]);
   }
 

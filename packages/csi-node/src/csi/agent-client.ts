@@ -34,7 +34,7 @@ export class AgentApi {
     const left = caller.timeLeftMs();
     const timeoutMs = left === undefined ? PATIENCE_MS : Math.max(1, left - ANSWER_MARGIN_MS);
     try {
-      return await call<object, Res>(this.#client, method, request, { timeoutMs, signal: caller.signal });
+      return await call<Res>(this.#client, method, request, { timeoutMs, signal: caller.signal });
     } catch (error) {
       if (error instanceof HoldfastError && error.code === 'UNAVAILABLE' && /connect/i.test(error.message)) {
         throw new HoldfastError(

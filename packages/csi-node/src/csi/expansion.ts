@@ -3,10 +3,19 @@ import { fileSystems, HoldfastError, type CallContext, type VolumeHandle } from 
 import type { Csi } from '@holdfast/proto';
 import { grow } from '../mount/filesystem.ts';
 import { deviceNumber, deviceUnder, mountsAt, readMounts } from '../mount/mountinfo.ts';
+import type { Step } from '../mount/step.ts';
 import type { AgentApi } from './agent-client.ts';
+import { IdleGrowth } from './idle-growth.ts';
+import type { VolumeRecords } from './records.ts';
+
+export interface ExpansionOptions {
+  readonly agent: AgentApi;
+  readonly records: VolumeRecords;
+  readonly step: Step;
+}
 
 export async function expandVolume(
-  agent: AgentApi,
+  { agent, records, step }: ExpansionOptions,
   handle: VolumeHandle,
   path: string,
   range: Csi.CapacityRange__Output | null,
@@ -20,8 +29,13 @@ export async function expandVolume(
       `capacity_range asks for at least ${required} and at most ${limit} bytes. Correct it.`,
     );
   }
+  const idle = new IdleGrowth(records, step);
+  const record = await records.get(handle.volumeUuid);
   const open = await agent.openInfo(handle.volumeUuid, context);
   const device = open === undefined ? undefined : await deviceNumber(open.device_path);
+  if (record?.growing === true && open !== undefined) {
+    await idle.grow(handle.volumeUuid, record, open.device_path);
+  }
   const top = mountsAt(await readMounts(), path).at(-1);
   const bound = await deviceNumber(path);
   const isBlock = bound !== undefined && bound === device;
@@ -53,7 +67,15 @@ export async function expandVolume(
         `The ${top.fsType} file system of volume ${handle.volumeUuid} is mounted read-only and can't grow. It grows when the volume is staged writable.`,
       );
     }
-    await grow(open.device_path, path, fsType);
+    if ((await grow(open.device_path, path, fsType)) === 'needs-unmount') {
+      if (record === undefined) {
+        throw new HoldfastError(
+          'FAILED_PRECONDITION',
+          `The ext4 file system of volume ${handle.volumeUuid} can't grow while it is mounted, because this process lacks CAP_SYS_RESOURCE. Stage the volume again; it grows then.`,
+        );
+      }
+      await idle.grow(handle.volumeUuid, record, open.device_path);
+    }
   }
   return { capacity_bytes: size.toString() };
 }

@@ -54,11 +54,13 @@ export class NodeService {
   readonly #records: VolumeRecords;
   readonly #staging: Staging;
   readonly #publishing: Publishing;
+  readonly #step: Step;
   readonly #inFlight = new InFlight();
 
   constructor(options: NodeServiceOptions) {
     this.#agent = options.agent;
     this.#logger = options.logger;
+    this.#step = options.step;
     this.#records = new VolumeRecords(options.stateDir);
     this.#staging = new Staging({ ...options, records: this.#records });
     this.#publishing = new Publishing({ ...options, records: this.#records, staging: this.#staging });
@@ -180,7 +182,13 @@ export class NodeService {
     if (request.volume_capability !== null) readCapability(request.volume_capability);
     const volumePath = await mountPath(request.volume_path);
     return this.#turn(request.volume_id, () =>
-      expandVolume(this.#agent, handle, volumePath, request.capacity_range, context),
+      expandVolume(
+        { agent: this.#agent, records: this.#records, step: this.#step },
+        handle,
+        volumePath,
+        request.capacity_range,
+        context,
+      ),
     );
   }
 

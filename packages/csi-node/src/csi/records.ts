@@ -23,6 +23,8 @@ export interface VolumeRecord {
   readonly readOnly: boolean;
   /** Whether a stage has come to its end; until then the file system may have to grow. */
   readonly ready: boolean;
+  /** Unmounted for a moment in order to grow (idle-growth.ts). */
+  readonly growing?: boolean;
   readonly published: Readonly<Record<string, PublishRecord>>;
 }
 

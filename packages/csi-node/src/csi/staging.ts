@@ -22,11 +22,12 @@ import {
   explainFailedMount,
   fileSystemSize,
   grow,
+  growUnmounted,
   needsReplay,
   readOnlyOptions,
 } from '../mount/filesystem.ts';
 import { format } from '../mount/format.ts';
-import { lookAt, makeDirectory, mountDevice, unmountAll } from '../mount/mounter.ts';
+import { GUARD, lookAt, makeDirectory, mountDevice, unmountAll } from '../mount/mounter.ts';
 import { deviceNumber, deviceUnder, mountsAt, readMounts, type MountEntry } from '../mount/mountinfo.ts';
 import { deviceSize, probe } from '../mount/probe.ts';
 import { said } from '../mount/run.ts';
@@ -111,7 +112,12 @@ export class Staging {
     await step('stage:recorded');
     if (wanted !== undefined && staged === undefined) {
       await this.#mount(request, device, wanted, readOnly, context);
-    } else if (wanted !== undefined && !now.ready && !staged?.superOptions.includes('ro')) {
+    } else if (
+      wanted !== undefined &&
+      wanted !== 'ext4' &&
+      !now.ready &&
+      !staged?.superOptions.includes('ro')
+    ) {
       await grow(device, request.stagingPath, wanted);
     }
     if (!now.ready) await records.put(volumeUuid, { ...now, ready: true });
@@ -241,7 +247,7 @@ export class Staging {
    * @throws FAILED_PRECONDITION
    */
   async requireOurs(top: MountEntry, path: string, recorded: boolean, volumeId: string): Promise<void> {
-    if (recorded || (await lookAt(path)) === 'dead') return;
+    if (recorded || top.source === GUARD || (await lookAt(path)) === 'dead') return;
     throw new HoldfastError(
       'FAILED_PRECONDITION',
       `${top.source} (${top.fsType}) is mounted at ${path}, and it is not volume ${volumeId}. Unmount it, or give another path.`,
@@ -266,7 +272,15 @@ export class Staging {
     const written = open === undefined ? undefined : BigInt(open.mapped_bytes);
     await this.#makeOrCheck(request, device, wanted, readOnly, written);
     await step('stage:checked');
+    const writable = !readOnly && !splitMountFlags(request.capability.mountFlags).includes('ro');
     const room = (await deviceSize(device)) - (await fileSystemSize(device, wanted));
+    const grows = writable && room >= GROW_FROM;
+    if (grows && wanted === 'ext4') {
+      // Unmounted it grows without any special right.
+      await checkBeforeMount(device, wanted, true);
+      await growUnmounted(device);
+      await step('stage:grown');
+    }
     const flags = splitMountFlags(request.capability.mountFlags);
     if (readOnly && flags.includes('rw')) {
       throw new HoldfastError(
@@ -279,7 +293,7 @@ export class Staging {
     const mounted = await mountDevice(device, request.stagingPath, wanted, options);
     if (mounted.exitCode !== 0) throw await explainFailedMount(device, wanted, said(mounted));
     await step('stage:mounted');
-    if (!readOnly && !flags.includes('ro') && room >= GROW_FROM) {
+    if (grows && wanted !== 'ext4') {
       await grow(device, request.stagingPath, wanted);
       await step('stage:grown');
     }

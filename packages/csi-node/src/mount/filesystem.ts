@@ -67,11 +67,12 @@ export const readOnlyOptions: Record<FileSystem, readonly string[]> = {
 /**
  * Before a writable mount. ext4: journal replay and what e2fsck calls safe repairs. xfs and btrfs replay when mounted and
  * are checked only when that fails (explainFailedMount).
+ * @param fully even where the superblock says that it is clean.
  * @throws CORRUPT when a person has to decide; INTERNAL when the check itself failed.
  */
-export async function checkBeforeMount(device: string, fsType: FileSystem): Promise<void> {
+export async function checkBeforeMount(device: string, fsType: FileSystem, fully = false): Promise<void> {
   if (fsType !== 'ext4') return;
-  const ran = await run('e2fsck', ['-p', device], CHECK_MS);
+  const ran = await run('e2fsck', [...(fully ? ['-f'] : []), '-p', device], CHECK_MS);
   // e2fsck(8): bits; 1 corrected, 2 corrected and the system should reboot (meant for a root file system),
   // 4 errors left, 8 operational error, 16 usage, 32 cancelled, 128 library error.
   if ((ran.exitCode & ~3) === 0) return;
@@ -114,8 +115,22 @@ export async function explainFailedMount(
   );
 }
 
-/** Grows a mounted file system to its device's size. Repeating is fine. */
-export async function grow(device: string, mountPoint: string, fsType: FileSystem): Promise<void> {
+const couldNotGrow = (device: string, fsType: FileSystem, what: string): HoldfastError =>
+  new HoldfastError(
+    'INTERNAL',
+    `The ${fsType} file system on ${device} could not be grown (${what}). The volume itself has its new size; repeat the call.`,
+  );
+
+/**
+ * Grows a mounted file system to its device's size. Repeating is fine.
+ * @returns 'needs-unmount' when the kernel doesn't let this process grow it while it is mounted (ext4 without
+ * CAP_SYS_RESOURCE).
+ */
+export async function grow(
+  device: string,
+  mountPoint: string,
+  fsType: FileSystem,
+): Promise<'grown' | 'needs-unmount'> {
   const [command, args] = (
     {
       ext4: ['resize2fs', [device]],
@@ -124,10 +139,13 @@ export async function grow(device: string, mountPoint: string, fsType: FileSyste
     } as const
   )[fsType];
   const ran = await run(command, args, GROW_MS);
-  if (ran.exitCode !== 0) {
-    throw new HoldfastError(
-      'INTERNAL',
-      `The ${fsType} file system on ${device} could not be grown (${said(ran)}). The volume itself has its new size; repeat the call.`,
-    );
-  }
+  if (ran.exitCode === 0) return 'grown';
+  if (fsType === 'ext4' && /Permission denied to resize/.test(ran.stderr)) return 'needs-unmount';
+  throw couldNotGrow(device, fsType, said(ran));
+}
+
+/** Grows an unmounted, freshly checked ext4 to its device's size. xfs and btrfs grow only when mounted. */
+export async function growUnmounted(device: string): Promise<void> {
+  const ran = await run('resize2fs', [device], GROW_MS);
+  if (ran.exitCode !== 0) throw couldNotGrow(device, 'ext4', said(ran));
 }

@@ -33,6 +33,17 @@ export async function bindMount(source: string, target: string, readOnly: boolea
   }
 }
 
+/** Source of the mounts that cover a mount point while its file system is away. */
+export const GUARD = 'holdfast-away';
+
+/** Covers a mount point so that nothing can be written below it by mistake. */
+export async function mountGuard(path: string): Promise<void> {
+  const ran = await run('mount', ['-t', 'tmpfs', '-o', 'ro,size=4k,mode=0', GUARD, path], MOUNT_MS);
+  if (ran.exitCode !== 0) {
+    throw new HoldfastError('INTERNAL', `${path} could not be covered (${said(ran)}). Repeat the call.`);
+  }
+}
+
 /**
  * Takes away every mount at `path`. `dead`: what is below gives errors, so a refused or failing unmount is done lazily.
  * @throws IN_USE when something healthy is still used.
