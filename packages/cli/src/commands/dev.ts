@@ -32,6 +32,7 @@ interface UpFlags {
   leaseMs?: number;
   renewMs?: number;
   maxVolumes: number;
+  agentMetadata?: string;
 }
 
 async function up(flags: UpFlags): Promise<void> {
@@ -50,6 +51,7 @@ async function up(flags: UpFlags): Promise<void> {
     say: (line) => console.log(line),
     ...(flags.leaseMs === undefined ? {} : { leaseMs: flags.leaseMs }),
     ...(flags.renewMs === undefined ? {} : { renewMs: flags.renewMs }),
+    ...(flags.agentMetadata === undefined ? {} : { agentMetadata: flags.agentMetadata }),
   });
   const cluster = await starting;
   const { state } = cluster;
@@ -170,6 +172,10 @@ export function addDevCommands(program: Command): void {
     .option('--lease-ms <ms>', 'lease of the pool', count)
     .option('--renew-ms <ms>', 'renew interval of the pool', count)
     .option('--max-volumes <n>', 'volumes open on a node at one time', count, 128)
+    .option(
+      '--agent-metadata <host:port>',
+      'what agents are told to connect to instead: a proxy that makes faults',
+    )
     .action(up);
   dev
     .command('down')

@@ -43,6 +43,8 @@ export interface DevOptions {
   leaseMs?: number;
   renewMs?: number;
   maxVolumes: number;
+  /** What agents connect to instead of the metadata service. */
+  agentMetadata?: string;
   /** Progress for people, a line each. */
   say: (line: string) => void;
 }
@@ -418,7 +420,7 @@ export class DevCluster {
       '--keeper',
       node.keeperSocket,
       '--metadata',
-      this.state.metadata,
+      this.#options.agentMetadata ?? this.state.metadata,
       '--node-name',
       node.name,
       '--device',

@@ -18,6 +18,8 @@ export interface DevUpOptions {
   fencing?: FencingClass;
   leaseMs?: number;
   renewMs?: number;
+  /** Where the agents find the metadata service, when something stands in between. */
+  agentMetadata?: string;
   timeoutMs?: number;
   env?: NodeJS.ProcessEnv;
 }
@@ -54,6 +56,7 @@ export class DevUp {
     if (options.fencing !== undefined) args.push('--fencing', options.fencing);
     if (options.leaseMs !== undefined) args.push('--lease-ms', String(options.leaseMs));
     if (options.renewMs !== undefined) args.push('--renew-ms', String(options.renewMs));
+    if (options.agentMetadata !== undefined) args.push('--agent-metadata', options.agentMetadata);
     // A session of its own: a Ctrl-C reaches whoever started this, who then stops it in order.
     const child = spawn(process.execPath, args, {
       stdio: ['ignore', 'pipe', 'pipe'],

@@ -107,10 +107,13 @@ export class MetadataConnection {
     this.#loop ??= this.#run(handlers);
   }
 
+  /** What was sent last still goes out. */
   async stop(): Promise<void> {
     this.#stop.abort();
-    this.#stream?.cancel();
+    this.#stream?.end();
+    const timer = setTimeout(() => this.#stream?.cancel(), 500);
     await this.#loop;
+    clearTimeout(timer);
     this.#agents.close();
     this.#metadata.close();
   }
