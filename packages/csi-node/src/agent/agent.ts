@@ -96,7 +96,8 @@ class RunningAgent implements Agent {
   #server: GrpcServer | undefined;
   #ticker: NodeJS.Timeout | undefined;
   #lastScan = 0;
-  #scanning = false;
+  #scanning: Promise<void> | undefined;
+  #scanAgain = false;
   #seenSent = '';
   #stopping = false;
 
@@ -182,18 +183,32 @@ class RunningAgent implements Agent {
     return pool;
   }
 
-  async #scan(): Promise<void> {
-    if (this.#scanning) return;
-    this.#scanning = true;
-    try {
+  /**
+   * Looks at the devices and reports what stands there now. What was seen before the session began is never reported:
+   * the service takes an owner that is missing from the authority page as a sign of a disk that was exchanged.
+   */
+  #scan(): Promise<void> {
+    this.#scanAgain = true;
+    this.#scanning ??= this.#scanLoop().finally(() => {
+      this.#scanning = undefined;
+    });
+    return this.#scanning;
+  }
+
+  async #scanLoop(): Promise<void> {
+    while (this.#scanAgain) {
+      this.#scanAgain = false;
       this.#lastScan = Date.now();
       const hosted = new Map([...this.#seen].filter(([uuid]) => this.#pools.has(uuid)));
       const found = await this.#scanner.scan(hosted);
       this.#seen = new Map(found.map((pool) => [pool.info.uuid, pool]));
-      this.#sendPoolsSeen();
-    } finally {
-      this.#scanning = false;
     }
+    this.#sendPoolsSeen();
+    this.#reconcilePools();
+  }
+
+  #rescan(): void {
+    this.#scan().catch((error: unknown) => this.#logger.error({ err: error }, 'The device scan failed'));
   }
 
   #sendPoolsSeen(): void {
@@ -335,7 +350,7 @@ class RunningAgent implements Agent {
     if (this.#stopping) return;
     const now = Date.now();
     if (now - this.#lastScan >= (this.#options.rescanMs ?? 5000)) {
-      this.#scan().catch((error: unknown) => this.#logger.error({ err: error }, 'The device scan failed'));
+      this.#rescan();
     }
     for (const pool of this.#pools.values()) {
       pool.tick(now);
@@ -390,7 +405,7 @@ class RunningAgent implements Agent {
 
   #onResumed(): void {
     this.#logger.info({ metadata: this.#options.metadata }, 'The metadata service welcomed this node');
-    this.#sendPoolsSeen();
+    this.#rescan();
     for (const pool of this.#pools.values()) {
       pool.resume();
       if (pool.lease.state !== 'valid') this.#reportLease(pool);

@@ -61,7 +61,7 @@ export class DeviceScanner {
     this.#logger.warn({ device: path }, message);
   }
 
-  /** `known` answers for devices whose pool is open here: those are not read again. */
+  /** `known`: pools that are open here. Only who owns them is read again, not the whole device. */
   async scan(known: ReadonlyMap<string, FoundPool>): Promise<FoundPool[]> {
     const found = new Map<string, FoundPool>();
     const byPath = new Map([...known.values()].map((pool) => [pool.devicePath, pool]));
@@ -76,7 +76,8 @@ export class DeviceScanner {
       }
       if (devices.has(real)) continue;
       devices.add(real);
-      const pool = byPath.get(path) ?? (await this.#inspect(path));
+      const open = byPath.get(path);
+      const pool = open === undefined ? await this.#inspect(path) : await this.#refresh(open);
       if (pool === undefined) continue;
       const other = found.get(pool.info.uuid);
       if (other === undefined) {
@@ -89,6 +90,15 @@ export class DeviceScanner {
       }
     }
     return [...found.values()];
+  }
+
+  async #refresh(pool: FoundPool): Promise<FoundPool | undefined> {
+    try {
+      return { ...pool, authority: await this.#tools.readAuthority(pool.devicePath) };
+    } catch (error) {
+      this.#complain(pool.devicePath, `${pool.devicePath} cannot be read: ${messageOf(error)}`);
+      return undefined;
+    }
   }
 
   async #inspect(path: string): Promise<FoundPool | undefined> {
