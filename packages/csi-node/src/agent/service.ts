@@ -56,6 +56,16 @@ export interface ServiceOptions {
   reconnectMostMs?: number;
 }
 
+/** No session came about in time: the call was not made. */
+class ServiceAway extends HoldfastError {
+  constructor(address: string) {
+    super(
+      'UNAVAILABLE',
+      `The metadata service at ${address} is away. What is open goes on; repeat this call when it is back.`,
+    );
+  }
+}
+
 type AgentsMethod =
   | 'JoinPool'
   | 'PoolReady'
@@ -201,10 +211,7 @@ export class MetadataConnection {
       });
     }
     if (this.#welcomed) return;
-    throw new HoldfastError(
-      'UNAVAILABLE',
-      `The metadata service at ${this.#options.address} is away. What is open goes on; repeat this call when it is back.`,
-    );
+    throw new ServiceAway(this.#options.address);
   }
 
   async #unary<Res>(body: (options: { timeoutMs: number }) => Promise<Res>): Promise<Res> {
@@ -227,7 +234,7 @@ export class MetadataConnection {
         const method: (...args: never[]) => unknown = this.#agents[name];
         return await this.#unary((options) => call<Res>(this.#agents, method, named, options));
       } catch (error) {
-        if (attempt >= attempts || !isTransient(error)) throw error;
+        if (attempt >= attempts || !isTransient(error) || error instanceof ServiceAway) throw error;
         await sleep(backoff.next(), this.#stop.signal);
       }
     }

@@ -23,6 +23,7 @@ import type { MetadataConnection } from './service.ts';
 
 /** How long a close waits for the service before it leaves the return for later. */
 const returnWaitMs = 5000;
+const awayWaitMs = 300;
 /** How long the answer to a revocation waits until earlier claims are in the service's books. */
 const reportWaitMs = 8000;
 
@@ -420,7 +421,8 @@ export class Volumes {
     pool.forgetClaims(volumeId);
     this.#open.delete(uuid);
     this.#logger.info({ volume: uuid, epoch: epoch.toString() }, 'Closed a volume');
-    await this.#flushReturns(returnWaitMs);
+    // With the service away the return waits in its file: whoever unmounts is not kept.
+    await this.#flushReturns(this.#service.connected ? returnWaitMs : awayWaitMs);
     this.#onFreed();
   }
 

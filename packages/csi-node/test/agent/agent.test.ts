@@ -1,0 +1,361 @@
+/** The agent against the real metadata service, on an engine in memory that fails when it is told to. */
+import { mkdtempSync, rmSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { afterEach, beforeEach, describe, expect, it } from 'vitest';
+import { call, createLogger } from '@holdfast/common';
+import { startMetadataService, type MetadataService } from '@holdfast/metadata-service';
+import { holdfast, type MetadataClient, type NodeAgentClient, type Volume__Output } from '@holdfast/proto';
+import { credentials } from '@grpc/grpc-js';
+import { loadIdentity, startAgent, type Agent } from '../../src/agent/index.ts';
+import { FakeDisk, FakeNative } from './fake-native.ts';
+
+const logger = createLogger('test');
+if (process.env['HOLDFAST_LOG_LEVEL'] === undefined) logger.level = 'silent';
+
+interface Node {
+  native: FakeNative;
+  agent: Agent;
+  api: NodeAgentClient;
+  start(): Promise<void>;
+}
+
+let directory: string;
+let disk: FakeDisk;
+let service: MetadataService | undefined;
+let address = '127.0.0.1:0';
+let metadata: MetadataClient;
+let nodes: Node[];
+
+async function startService(): Promise<void> {
+  service = await startMetadataService({ listen: address, store: `sqlite:${join(directory, 'db')}`, logger });
+  address = service.address;
+}
+
+async function stopService(): Promise<void> {
+  await service?.close();
+  service = undefined;
+}
+
+async function until<T>(what: string, test: () => Promise<T | undefined> | T | undefined): Promise<T> {
+  const deadline = Date.now() + 10_000;
+  let last: unknown;
+  for (;;) {
+    try {
+      const value = await test();
+      if (value !== undefined && value !== false) return value;
+    } catch (error) {
+      last = error;
+    }
+    if (Date.now() > deadline) throw new Error(`${what} did not come about`, { cause: last });
+    await new Promise((resolve) => setTimeout(resolve, 20));
+  }
+}
+
+async function startNode(name: string): Promise<Node> {
+  const native = new FakeNative(disk);
+  const stateDir = join(directory, name);
+  const socket = `unix:${join(stateDir, 'agent.sock')}`;
+  const node: Node = {
+    native,
+    agent: undefined as unknown as Agent,
+    api: new holdfast.NodeAgent(socket, credentials.createInsecure(), {
+      'grpc.initial_reconnect_backoff_ms': 20,
+      'grpc.max_reconnect_backoff_ms': 100,
+    }),
+    start: async () => {
+      node.agent = await startAgent({
+        stateDir,
+        socket,
+        keeperSocket: 'none',
+        metadata: address,
+        identity: loadIdentity(stateDir, name, { machineId: '1'.repeat(32), bootId: '2'.repeat(32) }),
+        devices: [disk.path],
+        lockDir: join(directory, 'locks'),
+        maxVolumes: 8,
+        logger,
+        native,
+        rescanMs: 200,
+      });
+    },
+  };
+  await node.start();
+  nodes.push(node);
+  return node;
+}
+
+async function joined(node: Node): Promise<void> {
+  await until('the pool is joined', async () => {
+    const { pools } = await call(node.api, node.api.GetAgentInfo, {});
+    return pools[0]?.lease === 'valid' ? true : undefined;
+  });
+}
+
+async function create(name: string): Promise<Volume__Output> {
+  return await call(metadata, metadata.CreateVolume, {
+    request_id: name,
+    name,
+    size_bytes: String(1 << 30),
+  });
+}
+
+async function publish(volume: Volume__Output, node: Node): Promise<string> {
+  const { publish_id } = await call(metadata, metadata.PublishVolume, {
+    request_id: `${volume.uuid} ${node.agent.nodeId} ${Math.random()}`,
+    uuid: volume.uuid,
+    node_id: node.agent.nodeId,
+    access_mode: 'ACCESS_MODE_SINGLE_NODE_WRITER',
+  });
+  return publish_id;
+}
+
+function unpublish(volume: Volume__Output, node: Node): Promise<unknown> {
+  return call(
+    metadata,
+    metadata.UnpublishVolume,
+    { request_id: `${volume.uuid} ${Math.random()}`, uuid: volume.uuid, node_id: node.agent.nodeId },
+    { timeoutMs: 15_000 },
+  );
+}
+
+const open = (node: Node, volume: Volume__Output, publishId: string) =>
+  call(node.api, node.api.OpenVolume, {
+    pool_uuid: disk.info.uuid,
+    volume_uuid: volume.uuid,
+    publish_id: publishId,
+  });
+
+const close = (node: Node, volume: Volume__Output) =>
+  call(node.api, node.api.CloseVolume, { volume_uuid: volume.uuid });
+
+const get = (volume: Volume__Output) => call(metadata, metadata.GetVolume, { uuid: volume.uuid });
+
+function slabCount(volume: Volume__Output): number {
+  return volume.layers.flatMap((layer) => layer.slabs).reduce((sum, run) => sum + run.count, 0);
+}
+
+async function stocked(node: Node): Promise<void> {
+  await until('slabs ahead are there', () => (node.native.pool.stock().length > 0 ? true : undefined));
+}
+
+beforeEach(async () => {
+  directory = mkdtempSync(join(tmpdir(), 'holdfast-agent-'));
+  disk = new FakeDisk();
+  nodes = [];
+  address = '127.0.0.1:0';
+  await startService();
+  metadata = new holdfast.Metadata(address, credentials.createInsecure(), {
+    'grpc.initial_reconnect_backoff_ms': 20,
+    'grpc.max_reconnect_backoff_ms': 100,
+  });
+});
+
+afterEach(async () => {
+  for (const node of nodes) {
+    node.api.close();
+    await node.agent.handOver();
+  }
+  metadata.close();
+  await stopService();
+  rmSync(directory, { recursive: true, force: true });
+});
+
+describe('agent', () => {
+  it('claims an unclaimed pool for its service, joins it, and joins again after it left', async () => {
+    const node = await startNode('node-1');
+    await joined(node);
+    expect(disk.authority.unclaimed).toBe(false);
+    expect(node.native.pool.generation).toBe(1n);
+    expect(await node.agent.leave()).toBe(true);
+    await node.start();
+    await joined(node);
+    expect(node.native.pool.generation).toBe(2n);
+  });
+
+  it('opens a published volume once, and reports what it claims before it is returned', async () => {
+    const [a, b] = [await startNode('node-1'), await startNode('node-2')];
+    await Promise.all([joined(a), joined(b)]);
+    const volume = await create('v');
+    const publishId = await publish(volume, a);
+    const first = await open(a, volume, publishId);
+    const again = await open(a, volume, publishId);
+    expect(again).toEqual(first);
+    await stocked(a);
+    const slabs = a.native.pool.volume(volume.uuid).claim(2);
+    await close(a, volume);
+    await close(a, volume);
+    await unpublish(volume, a);
+    await open(b, volume, await publish(volume, b));
+    const granted = b.native.pool
+      .volume(volume.uuid)
+      .spec.layers.flatMap((layer) => layer.slabs)
+      .flatMap((run) => Array.from({ length: run.count }, (_, i) => run.first + BigInt(i)));
+    expect(granted.sort()).toEqual(slabs.sort());
+  });
+
+  it('refuses another publish id than the one that is current', async () => {
+    const node = await startNode('node-1');
+    await joined(node);
+    const volume = await create('v');
+    await publish(volume, node);
+    await expect(open(node, volume, 'another')).rejects.toMatchObject({ code: expect.stringMatching(/./) });
+    await expect(call(node.api, node.api.GetOpenVolume, { volume_uuid: volume.uuid })).rejects.toMatchObject({
+      code: 'NOT_FOUND',
+    });
+  });
+
+  it('says IN_USE for a volume that is mounted, and leaves it open', async () => {
+    const node = await startNode('node-1');
+    await joined(node);
+    const volume = await create('v');
+    await open(node, volume, await publish(volume, node));
+    node.native.pool.volume(volume.uuid).busy = true;
+    await expect(close(node, volume)).rejects.toMatchObject({ code: 'IN_USE' });
+    node.native.pool.volume(volume.uuid).busy = false;
+    await close(node, volume);
+  });
+
+  it('closes with the service away, and returns the volume with its claims when it is back', async () => {
+    const node = await startNode('node-1');
+    await joined(node);
+    const volume = await create('v');
+    await open(node, volume, await publish(volume, node));
+    await stocked(node);
+    await stopService();
+    node.native.pool.volume(volume.uuid).claim(1);
+    await close(node, volume);
+    expect(disk.records.get(volume.slot)?.state).toBe('closed');
+    await startService();
+    const returned = await until('the return', async () => {
+      const now = await get(volume);
+      return now.grant === 'GRANT_STATE_FREE' ? now : undefined;
+    });
+    expect(slabCount(returned)).toBe(1);
+  });
+
+  it('takes open volumes over with the service away, and serves them', async () => {
+    const node = await startNode('node-1');
+    await joined(node);
+    const volume = await create('v');
+    const publishId = await publish(volume, node);
+    const first = await open(node, volume, publishId);
+    await stopService();
+    await node.agent.handOver();
+    await node.start();
+    const info = await call(node.api, node.api.GetOpenVolume, { volume_uuid: volume.uuid });
+    expect(info).toMatchObject({ state: 'open', epoch: first.epoch });
+    expect(await open(node, volume, publishId)).toEqual(first);
+    await startService();
+    await until('the session', async () =>
+      (await call(node.api, node.api.GetAgentInfo, {})).service_connected ? true : undefined,
+    );
+    expect((await get(volume)).grant).toBe('GRANT_STATE_OPEN');
+    await close(node, volume);
+    expect((await get(volume)).grant).toBe('GRANT_STATE_FREE');
+  });
+
+  it('lets go of a volume that is revoked, with its claims, and opens it again under a newer epoch', async () => {
+    const node = await startNode('node-1');
+    await joined(node);
+    const volume = await create('v');
+    const first = await open(node, volume, await publish(volume, node));
+    await stocked(node);
+    node.native.pool.volume(volume.uuid).claim(2);
+    await unpublish(volume, node);
+    expect(node.native.pool.volume(volume.uuid).state).toBe('revoked');
+    const freed = await get(volume);
+    expect(freed.grant).toBe('GRANT_STATE_FREE');
+    expect(slabCount(freed)).toBe(2);
+    const info = await call(node.api, node.api.GetOpenVolume, { volume_uuid: volume.uuid });
+    expect(info.state).toBe('revoked');
+    const publishId = await publish(volume, node);
+    node.native.pool.volume(volume.uuid).busy = true;
+    await expect(open(node, volume, publishId)).rejects.toMatchObject({ code: 'IN_USE' });
+    node.native.pool.volume(volume.uuid).busy = false;
+    const second = await open(node, volume, publishId);
+    expect(BigInt(second.epoch)).toBeGreaterThan(BigInt(first.epoch));
+  });
+
+  it('gives the grant back when the engine cannot open, so that the next one is newer', async () => {
+    const node = await startNode('node-1');
+    await joined(node);
+    const volume = await create('v');
+    const publishId = await publish(volume, node);
+    node.native.pool.failNextOpen = true;
+    await expect(open(node, volume, publishId)).rejects.toMatchObject({ code: 'CORRUPT' });
+    const opened = await until('the second opening', () => open(node, volume, publishId));
+    expect(opened.device_path).toContain('fake');
+  });
+
+  it('answers EIO on a pool that was lost, and joins it again when the last device is gone', async () => {
+    const node = await startNode('node-1');
+    await joined(node);
+    const volume = await create('v');
+    await open(node, volume, await publish(volume, node));
+    node.native.pool.setLease('fenced', 'generation 1 is fenced');
+    node.native.pool.setLease('stopped', 'nothing is in flight');
+    const info = await call(node.api, node.api.GetOpenVolume, { volume_uuid: volume.uuid });
+    expect(info.state).toBe('fenced');
+    await close(node, volume);
+    await joined(node);
+    expect(node.native.pool.generation).toBe(2n);
+    await unpublish(volume, node);
+    await open(node, volume, await publish(volume, node));
+  });
+
+  it('keeps no slab when nothing is open, and asks for more the more it needs', async () => {
+    const node = await startNode('node-1');
+    await joined(node);
+    const volume = await create('v');
+    await open(node, volume, await publish(volume, node));
+    await stocked(node);
+    const { pool } = node.native;
+    const count = (): number => pool.stock().reduce((sum, run) => sum + run.count, 0);
+    expect(count()).toBe(2);
+    pool.emit({ type: 'slabs-low', pool: pool.info.uuid, wanted: 1 });
+    await until('four ahead', () => (count() === 4 ? true : undefined));
+    pool.emit({ type: 'slabs-low', pool: pool.info.uuid, wanted: 30 });
+    await until('thirty ahead', () => (count() === 30 ? true : undefined));
+    await close(node, volume);
+    await until('all given back', async () => {
+      const { pools } = await call(metadata, metadata.ListPools, {});
+      return pools[0]?.slabs_free === pools[0]?.slab_count ? true : undefined;
+    });
+    expect(count()).toBe(0);
+  });
+
+  it('tells the engine when the pool is full', async () => {
+    const node = await startNode('node-1');
+    await joined(node);
+    const volume = await create('v');
+    await open(node, volume, await publish(volume, node));
+    await stocked(node);
+    const { pool } = node.native;
+    for (let i = 0; i < 40 && pool.full === 0; i++) {
+      pool.volume(volume.uuid).claim(pool.stock().length);
+      pool.emit({ type: 'slabs-low', pool: pool.info.uuid, wanted: 64 });
+      await until('an answer', () => (pool.stock().length > 0 || pool.full > 0 ? true : undefined));
+    }
+    expect(pool.full).toBeGreaterThan(0);
+    await until('every claim is reported', async () =>
+      slabCount(await get(volume)) === 256 ? true : undefined,
+    );
+  });
+
+  it('wipes a deleted volume and gives its slabs back', async () => {
+    const node = await startNode('node-1');
+    await joined(node);
+    const volume = await create('v');
+    await open(node, volume, await publish(volume, node));
+    await stocked(node);
+    node.native.pool.volume(volume.uuid).claim(2);
+    await close(node, volume);
+    await unpublish(volume, node);
+    await call(metadata, metadata.DeleteVolume, { request_id: 'delete', uuid: volume.uuid });
+    await until('the slabs are free', async () => {
+      const { pools } = await call(metadata, metadata.ListPools, {});
+      return pools[0]?.slabs_free === pools[0]?.slab_count ? true : undefined;
+    });
+    expect(disk.wiped).toEqual([BigInt(volume.volume_id)]);
+  });
+});

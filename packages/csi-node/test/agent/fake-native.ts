@@ -1,0 +1,394 @@
+/**
+ * A native engine in memory, for forcing what the real one does seldom: a close that fails, an open that fails, a fence, a
+ * death at a chosen moment. One FakeDisk is one shared device; each node has a FakeNative on it. The tests that need the
+ * real engine use it (packages/cli/test).
+ */
+import { randomUUID } from 'node:crypto';
+import type {
+  Authority,
+  Engine,
+  EngineEvent,
+  EngineOptions,
+  Heartbeat,
+  LayerRecord,
+  LeaseState,
+  NativeModule,
+  OpenPoolOptions,
+  OpenVolume,
+  Pool,
+  PoolInfo,
+  SlabOwner,
+  SlabRun,
+  VolumeRecord,
+  VolumeSpec,
+} from '@holdfast/native';
+
+function failure(code: string, message: string): Error {
+  return Object.assign(new Error(message), { code: `HF_${code}` });
+}
+
+export class FakeDisk {
+  /** Something that exists: devices are told apart by their real paths. */
+  readonly path = '/dev/null';
+  readonly info: PoolInfo = {
+    uuid: randomUUID(),
+    name: 'fake',
+    wwid: `fake:${randomUUID()}`,
+    deviceBytes: 8n << 30n,
+    slabSize: 16 << 20,
+    chunkSize: 65536,
+    slabCount: 256n,
+    volumeSlots: 64,
+    layerSlots: 64,
+    hostSlots: 16,
+    fencing: 'loop',
+    renewIntervalMs: 200,
+    leaseMs: 1000,
+    drainMs: 0,
+    createdUnixMs: 1,
+    warnings: [],
+  };
+  authority: Authority = { store: '', incarnation: 0n, term: 0n, unclaimed: true };
+  readonly heartbeats = new Map<number, Heartbeat>();
+  readonly fences = new Set<string>();
+  readonly records = new Map<number, VolumeRecord>();
+  readonly locks = new Map<string, FakePool>();
+  readonly owners = new Map<bigint, SlabOwner>();
+  readonly wiped: bigint[] = [];
+}
+
+export class FakeVolume implements OpenVolume {
+  readonly spec: VolumeSpec;
+  readonly export;
+  readonly #pool: FakePool;
+  size: bigint;
+  busy = false;
+  state: 'open' | 'revoked' | 'closed' = 'open';
+
+  constructor(pool: FakePool, spec: VolumeSpec) {
+    this.#pool = pool;
+    this.spec = spec;
+    this.size = spec.sizeBytes;
+    this.export = { frontend: 'fuse' as const, devicePath: `/dev/fake-${spec.volumeId}`, reason: 'fake' };
+  }
+
+  /** The first writes to `count` slabs' worth of new places. */
+  claim(count: number): bigint[] {
+    const [top] = this.spec.layers;
+    if (top === undefined) throw new Error('no layer');
+    const taken = this.#pool.takeStock(count);
+    for (const { slab, generation } of taken) {
+      const owner = { layerId: top.layerId, volumeId: this.spec.volumeId, slab, generation };
+      this.#pool.disk.owners.set(slab, { ...owner, state: 'claimed' });
+      this.#pool.emit({ type: 'slab-claimed', pool: this.#pool.info.uuid, ...owner });
+    }
+    return taken.map((t) => t.slab);
+  }
+
+  #record(state: VolumeRecord['state']): void {
+    this.#pool.disk.records.set(this.spec.slot, {
+      slot: this.spec.slot,
+      volumeId: this.spec.volumeId,
+      uuid: this.spec.uuid,
+      name: this.spec.name,
+      state,
+      sizeBytes: this.size,
+      topLayerId: this.spec.layers[0]?.layerId ?? 0n,
+      epoch: this.spec.epoch,
+      hostId: this.#pool.hostId,
+      generation: this.#pool.generation,
+      fenced: false,
+      parametersJson: this.spec.parametersJson,
+    });
+  }
+
+  opened(): void {
+    this.#record('open');
+  }
+
+  async grow(sizeBytes: bigint): Promise<void> {
+    this.size = sizeBytes;
+  }
+  async close(): Promise<void> {
+    if (this.busy) throw failure('BUSY', 'mounted');
+    this.#record('closed');
+    this.state = 'closed';
+    this.#pool.remove(this);
+  }
+  async revoke(): Promise<void> {
+    if (this.state === 'open') this.#record('closed');
+    this.state = 'revoked';
+  }
+  async detach(): Promise<void> {
+    if (this.busy) throw failure('BUSY', 'mounted');
+    this.#pool.remove(this);
+  }
+  stats(): ReturnType<OpenVolume['stats']> {
+    return {
+      sizeBytes: this.size,
+      mappedBytes: 0n,
+      allocatedBytes: 0n,
+      reads: 0n,
+      writes: 0n,
+      flushes: 0n,
+      discards: 0n,
+      readBytes: 0n,
+      writtenBytes: 0n,
+      held: 0n,
+      dirtyPages: 0n,
+      inFlight: 0n,
+      memoryBytes: 0n,
+    };
+  }
+}
+
+export class FakePool implements Pool {
+  readonly disk: FakeDisk;
+  readonly info: PoolInfo;
+  readonly hostId: number;
+  readonly generation: bigint;
+  readonly lockPath: string;
+  readonly emit: (event: EngineEvent) => void;
+  lease: LeaseState = 'valid';
+  failNextOpen = false;
+  #volumes: FakeVolume[] = [];
+  #stock: SlabRun[] = [];
+  full = 0;
+
+  constructor(disk: FakeDisk, options: OpenPoolOptions, emit: (event: EngineEvent) => void) {
+    this.disk = disk;
+    this.info = disk.info;
+    this.hostId = options.hostId;
+    this.generation = options.generation;
+    this.lockPath = options.lockPath;
+    this.emit = emit;
+    disk.locks.set(options.lockPath, this);
+    this.#beat('live', options);
+  }
+
+  #beat(state: Heartbeat['state'], options?: OpenPoolOptions): void {
+    const before = this.disk.heartbeats.get(this.hostId);
+    this.disk.heartbeats.set(this.hostId, {
+      hostId: this.hostId,
+      state,
+      generation: this.generation,
+      sequence: (before?.sequence ?? 0n) + 1n,
+      nonce: 0n,
+      nodeName: options?.nodeName ?? before?.nodeName ?? '',
+      machineId: options?.machineId ?? before?.machineId ?? '',
+      bootId: options?.bootId ?? before?.bootId ?? '',
+    });
+  }
+
+  leaseState(): LeaseState {
+    return this.lease;
+  }
+  volumes(): FakeVolume[] {
+    return this.#volumes;
+  }
+  volume(uuid: string): FakeVolume {
+    const found = this.#volumes.find((v) => v.spec.uuid === uuid);
+    if (found === undefined) throw new Error(`volume ${uuid} is not open`);
+    return found;
+  }
+  remove(volume: FakeVolume): void {
+    this.#volumes = this.#volumes.filter((v) => v !== volume);
+  }
+  async openVolume(spec: VolumeSpec): Promise<OpenVolume> {
+    const record = this.disk.records.get(spec.slot);
+    if (record !== undefined && record.epoch >= spec.epoch) throw failure('STALE', 'the record is newer');
+    const volume = new FakeVolume(this, spec);
+    volume.opened();
+    if (this.failNextOpen) {
+      this.failNextOpen = false;
+      throw failure('CORRUPT', 'slab 7: both copies of the page are bad');
+    }
+    this.#volumes.push(volume);
+    return volume;
+  }
+
+  addSlabs(runs: SlabRun[]): void {
+    this.#stock.push(...runs);
+  }
+  declareFull(): void {
+    this.full += 1;
+  }
+  takeBackSlabs(count = Number.MAX_SAFE_INTEGER): SlabRun[] {
+    return this.takeStock(count).map(({ slab, generation }) => ({ first: slab, count: 1, generation }));
+  }
+  takeStock(count: number): { slab: bigint; generation: bigint }[] {
+    const all = this.#stock.flatMap((run) =>
+      Array.from({ length: run.count }, (_, i) => ({
+        slab: run.first + BigInt(i),
+        generation: run.generation,
+      })),
+    );
+    const taken = all.splice(0, count);
+    this.#stock = all.map(({ slab, generation }) => ({ first: slab, count: 1, generation }));
+    return taken;
+  }
+  stock(): SlabRun[] {
+    return this.#stock;
+  }
+
+  async readAuthority(): Promise<Authority> {
+    return this.disk.authority;
+  }
+  async claimAuthority(claim: { store: string; incarnation: bigint; term: bigint }): Promise<void> {
+    this.disk.authority = { ...claim, unclaimed: false };
+  }
+  async readHeartbeat(hostId: number): Promise<Heartbeat> {
+    return (
+      this.disk.heartbeats.get(hostId) ?? {
+        hostId,
+        state: 'empty',
+        generation: 0n,
+        sequence: 0n,
+        nonce: 0n,
+        nodeName: '',
+        machineId: '',
+        bootId: '',
+      }
+    );
+  }
+  async readFence(hostId: number, generation: bigint) {
+    return {
+      hostId,
+      generation: this.disk.fences.has(`${hostId}/${generation}`) ? generation : 0n,
+      fencerHostId: this.hostId,
+      term: 1n,
+    };
+  }
+  async writeFence(victim: { hostId: number; generation: bigint }): Promise<void> {
+    this.disk.fences.add(`${victim.hostId}/${victim.generation}`);
+  }
+  async readVolumeRecord(slot: number): Promise<VolumeRecord | undefined> {
+    return this.disk.records.get(slot);
+  }
+  async readVolumeRecords(): Promise<VolumeRecord[]> {
+    return [...this.disk.records.values()];
+  }
+  async scanSlabs(runs: SlabRun[]): Promise<SlabOwner[]> {
+    return runs.flatMap((run) =>
+      Array.from({ length: run.count }, (_, i): SlabOwner => {
+        const slab = run.first + BigInt(i);
+        return (
+          this.disk.owners.get(slab) ?? { slab, layerId: 0n, volumeId: 0n, generation: 0n, state: 'free' }
+        );
+      }),
+    );
+  }
+  async wipeVolume(volume: {
+    volumeId: bigint;
+    slot: number;
+    layers: { slabs: SlabRun[] }[];
+  }): Promise<void> {
+    this.disk.wiped.push(volume.volumeId);
+    this.disk.records.delete(volume.slot);
+    for (const [slab, owner] of this.disk.owners) {
+      if (owner.volumeId === volume.volumeId) this.disk.owners.delete(slab);
+    }
+  }
+
+  setLease(state: LeaseState, message: string): void {
+    this.lease = state;
+    if (state === 'stopped') this.#beat('stopped');
+    this.emit({ type: 'lease', pool: this.info.uuid, state, message });
+  }
+  async close(): Promise<void> {
+    if (this.#volumes.length > 0) throw failure('BUSY', 'volumes are open');
+    this.#beat('stopped');
+    this.lease = 'stopped';
+    this.disk.locks.delete(this.lockPath);
+  }
+  async stop(): Promise<void> {
+    this.setLease('stopped', 'stopped');
+  }
+}
+
+export class FakeNative implements NativeModule {
+  readonly formatVersion = 1;
+  readonly disk: FakeDisk;
+  /** What the keeper has: given to the next adopt(). */
+  readonly kept: FakePool[] = [];
+  readonly pools: FakePool[] = [];
+  #emit: (event: EngineEvent) => void = () => undefined;
+
+  constructor(disk: FakeDisk) {
+    this.disk = disk;
+  }
+
+  /** The process dies: its pools stay with the keeper. */
+  die(): void {
+    this.#emit = () => undefined;
+    this.kept.push(...this.pools.splice(0));
+  }
+
+  get pool(): FakePool {
+    const [pool] = this.pools;
+    if (pool === undefined) throw new Error('no pool is open');
+    return pool;
+  }
+
+  async createEngine(options: EngineOptions): Promise<Engine> {
+    this.#emit = options.onEvent;
+    const emit = (event: EngineEvent): void => this.#emit(event);
+    return {
+      adopt: async () => {
+        this.pools.push(...this.kept.splice(0));
+        return this.pools;
+      },
+      openPool: async (open) => {
+        if (this.disk.locks.has(open.lockPath)) throw failure('BUSY', 'the lock is held');
+        const pool = new FakePool(this.disk, open, emit);
+        this.pools.splice(0, this.pools.length, pool);
+        return pool;
+      },
+      pools: () => this.pools,
+      handOver: async () => this.die(),
+      destroy: async () => undefined,
+    };
+  }
+
+  async inspectDevice() {
+    return {
+      sizeBytes: this.disk.info.deviceBytes,
+      logicalSectorSize: 4096,
+      kind: 'pool' as const,
+      signature: 'holdfast',
+      mounted: false,
+      wwid: this.disk.info.wwid,
+      pool: this.disk.info,
+    };
+  }
+  async readPool(): Promise<PoolInfo> {
+    return this.disk.info;
+  }
+  async readAuthority(): Promise<Authority> {
+    return this.disk.authority;
+  }
+  async claimAuthority(
+    _path: string,
+    claim: { store: string; incarnation: bigint; term: bigint },
+  ): Promise<void> {
+    this.disk.authority = { ...claim, unclaimed: false };
+  }
+  async readHeartbeats(): Promise<Heartbeat[]> {
+    return [...this.disk.heartbeats.values()];
+  }
+  async readVolumeRecords(): Promise<VolumeRecord[]> {
+    return [...this.disk.records.values()];
+  }
+  async readLayerRecords(): Promise<LayerRecord[]> {
+    return [];
+  }
+  async lockIsFree(path: string): Promise<boolean> {
+    return !this.disk.locks.has(path);
+  }
+  formatPool(): Promise<PoolInfo> {
+    return Promise.reject(failure('UNSUPPORTED', 'the fake disk is formatted'));
+  }
+  checkPool(): Promise<never> {
+    return Promise.reject(failure('UNSUPPORTED', 'the fake disk cannot be checked'));
+  }
+}
