@@ -18,25 +18,16 @@ inline const format::Uuid kStore = {0x51};
 inline const format::Uuid kOtherStore = {0x52};
 inline constexpr uint64_t kPoolBytes = 256u << 20;
 
-#define ASSERT_OK(expression)                                          \
-  do {                                                                 \
-    const auto& assert_ok_result = (expression);                       \
-    ASSERT_TRUE(::holdfast::test::status_of(assert_ok_result).ok())    \
-        << ::holdfast::test::status_of(assert_ok_result).message;      \
-  } while (false)
-
-#define EXPECT_OK(expression)                                         \
-  do {                                                                \
-    const auto& expect_ok_result = (expression);                      \
-    EXPECT_TRUE(::holdfast::test::status_of(expect_ok_result).ok())   \
-        << ::holdfast::test::status_of(expect_ok_result).message;     \
-  } while (false)
-
-inline const Status& status_of(const Status& status) { return status; }
-template <typename T>
-const Status& status_of(const Result<T>& result) {
-  return result.status;
+inline testing::AssertionResult is_ok(const Status& status) {
+  if (status.ok()) return testing::AssertionSuccess();
+  return testing::AssertionFailure() << code_name(status.code) << ": " << status.message;
 }
+template <typename T>
+testing::AssertionResult is_ok(const Result<T>& result) {
+  return is_ok(result.status);
+}
+#define ASSERT_OK(expression) ASSERT_TRUE(::holdfast::test::is_ok(expression))
+#define EXPECT_OK(expression) EXPECT_TRUE(::holdfast::test::is_ok(expression))
 
 // Code and sentence together, so that a failing test says what it got.
 inline testing::AssertionResult has_code(const Status& status, Code code, const std::string& part = "") {
