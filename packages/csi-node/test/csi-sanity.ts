@@ -45,6 +45,7 @@ export async function runSanity(
       `-csi.mountdir=${work}/target`,
       `-csi.stagingdir=${work}/staging`,
       `-csi.testvolumeaccesstype=${accessType}`,
+      '-csi.testnodevolumeattachlimit',
       `-csi.testvolumesize=${512 << 20}`,
       `-csi.testvolumeexpandsize=${1 << 30}`,
       '-ginkgo.no-color',

@@ -29,7 +29,7 @@ describe('csi-sanity', () => {
         `csi-sanity (${accessType}): ${result.passed.length} passed, ${result.failed.length} failed, ${result.skipped.length} skipped\n`,
       );
       expect(result.failed).toEqual([]);
-      expect(result.passed.length).toBeGreaterThan(60);
+      expect(result.passed.length).toBeGreaterThanOrEqual(58);
       const documented = await readFile(documentation, 'utf8');
       const undocumented = result.skipped.filter(({ name }) => !documented.includes(`\`${name}\``));
       expect(undocumented).toEqual([]);

@@ -6,6 +6,9 @@ import { FakeDisk } from '../../metadata-service/test/fake-agent.ts';
 import { startCsiNode } from '../src/csi/index.ts';
 import { StandInAgent } from './stand-in-agent.ts';
 
+/** As the stand-in agent says. */
+const MAX_VOLUMES = 32;
+
 export interface Stack {
   readonly controllerSocket: string;
   readonly nodeSocket: string;
@@ -18,7 +21,7 @@ export async function startStandInStack(area: TestArea): Promise<Stack> {
   disk.slabCount = 1 << 20;
   disk.volumeSlots = 1024;
   disk.layerSlots = 2048;
-  const host = await cluster.node('node-a', [disk]);
+  const host = await cluster.node('node-a', [disk], { maxVolumes: MAX_VOLUMES });
   const agent = await StandInAgent.start(area, {
     poolUuid: disk.uuid,
     nodeId: host.nodeId,
