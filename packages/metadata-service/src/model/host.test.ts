@@ -30,7 +30,7 @@ const join = {
   nodeId: 'node-a',
   machineId: 'm1',
   bootId: 'b1',
-  lockPath: '/run/a/lock2',
+  lockPath: '/run/a/lock',
   previousIoDead: false,
 } as const;
 
@@ -56,7 +56,7 @@ const events: Record<string, HostEvent> = {
 };
 
 /** The table. `JOINING+`: the next generation joins; a death on the way is marked with a dagger. */
-const table: Record<string, HostState | 'JOINING+' | 'JOINING+†' | 'DEAD†'> = {
+const table: Record<string, HostState | 'JOINING+' | 'JOINING+†' | 'DEAD†' | 'same'> = {
   'DEAD join': 'JOINING+',
   'DEAD join with the old lock free': 'JOINING+',
   'DEAD join after a reboot': 'JOINING+',
@@ -68,6 +68,7 @@ const table: Record<string, HostState | 'JOINING+' | 'JOINING+†' | 'DEAD†'> 
   'LIVE join after a reboot': 'JOINING+†',
   'FENCING join after a reboot': 'JOINING+†',
   'CUTTING join after a reboot': 'JOINING+†',
+  'JOINING join': 'same',
   'JOINING ready': 'LIVE',
   'JOINING suspect': 'FENCING',
   'LIVE suspect': 'FENCING',
@@ -92,7 +93,7 @@ const pairs = states.flatMap((state) =>
 
 function wantedOutcome(name: string): object {
   const wanted = table[name];
-  if (wanted === undefined) return { type: 'stale' };
+  if (wanted === undefined || wanted === 'same') return { type: wanted ?? 'stale' };
   const joins = wanted.startsWith('JOINING+');
   const next = { state: joins ? 'JOINING' : wanted.replace('†', ''), generation: joins ? 8n : 7n };
   if (!wanted.endsWith('†')) return { type: 'changed', next, died: undefined };
@@ -144,7 +145,7 @@ describe('joining', () => {
   it('takes a dead slot over for another node, with the next generation', () => {
     expect(stepHost(hostIn('DEAD'), { ...join, nodeId: 'node-z', machineId: 'm9' }, setting)).toMatchObject({
       type: 'changed',
-      next: { nodeId: 'node-z', machineId: 'm9', generation: 8n, lockPath: '/run/a/lock2', proof: '' },
+      next: { nodeId: 'node-z', machineId: 'm9', generation: 8n, lockPath: '/run/a/lock', proof: '' },
     });
   });
 
@@ -160,6 +161,14 @@ describe('joining', () => {
       });
     },
   );
+});
+
+describe('a second join of a life that is not ready', () => {
+  it('is not the same under another lock', () => {
+    expect(stepHost(hostIn('JOINING'), { ...join, lockPath: '/run/a/lock2' }, setting)).toMatchObject({
+      type: 'stale',
+    });
+  });
 });
 
 describe('proof', () => {
