@@ -1,0 +1,89 @@
+// One layer's forward map: logical chunk to place. A place is a chunk of a slab in the volume's slab table, in 4 bytes.
+//
+// Budgets (DESIGN section 3) shape it. A leaf covers 4096 chunks (256 MiB of the volume) and is either absent, a short
+// sorted list of runs (8 bytes each: a stretch of consecutive chunks in consecutive places), or, when the runs grow too
+// many, a plain array of 4-byte places. Sequential data costs a few runs per leaf, random data 4 bytes per chunk.
+//
+// Not thread-safe: the volume calls it under its lock.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace holdfast {
+
+using Place = uint32_t;  // slab index << 8 | chunk in the slab
+inline constexpr Place kNoPlace = 0xffffffffu;
+inline constexpr uint32_t kMaxSlabIndex = 0xfffffe;
+
+class LayerMap {
+ public:
+  static constexpr uint32_t kLeafChunks = 4096;
+  static constexpr uint32_t kMaxRuns = 512;  // a quarter of a dense leaf
+
+  LayerMap() = default;
+  ~LayerMap();
+  LayerMap(LayerMap&& other) noexcept : leaves_(std::move(other.leaves_)), leaf_bytes_(other.leaf_bytes_) {
+    other.leaves_.clear();
+    other.leaf_bytes_ = 0;
+  }
+  LayerMap& operator=(LayerMap&&) = delete;
+
+  void resize(uint64_t chunks);  // only grows
+  uint64_t chunks() const { return uint64_t{leaves_.size()} * kLeafChunks; }
+
+  Place find(uint32_t chunk) const {
+    const uint32_t at = chunk / kLeafChunks;
+    if (at >= leaves_.size()) return kNoPlace;
+    const uintptr_t leaf = leaves_[at];
+    if (leaf == 0) return kNoPlace;
+    if ((leaf & kDenseTag) != 0) return dense(leaf)->places[chunk % kLeafChunks];
+    return find_run(leaf, chunk % kLeafChunks);
+  }
+  void set(uint32_t chunk, Place place) { set_run(chunk, 1, place); }
+  void erase(uint32_t chunk);
+  // `count` chunks from `first` on to places from `place` on; none of them may be mapped.
+  void set_run(uint32_t first, uint32_t count, Place place);
+  // The first mapped chunk at or after `from` and below `end`; `end` if there is none. Skips absent leaves at once.
+  uint32_t next_mapped(uint32_t from, uint32_t end) const;
+
+  // The nearest mapped chunk below `chunk`, at most `within` away; its distance, or 0 if there is none.
+  uint32_t find_before(uint32_t chunk, uint32_t within, Place* place) const;
+
+  size_t memory_bytes() const { return leaves_.capacity() * sizeof(uintptr_t) + leaf_bytes_; }
+
+ private:
+  struct Run {
+    uint16_t first;
+    uint16_t length;
+    Place place;
+  };
+  struct RunLeaf {
+    uint32_t count;
+    uint32_t capacity;
+    Run runs[];
+  };
+  struct DenseLeaf {
+    uint32_t mapped;
+    uint32_t reserved;
+    Place places[kLeafChunks];
+  };
+  static constexpr uintptr_t kDenseTag = 1;
+
+  static RunLeaf* runs(uintptr_t leaf) { return reinterpret_cast<RunLeaf*>(leaf); }
+  static DenseLeaf* dense(uintptr_t leaf) { return reinterpret_cast<DenseLeaf*>(leaf & ~kDenseTag); }
+  static Place find_run(uintptr_t leaf, uint32_t offset);
+  // Index of the first run that starts after `offset`.
+  static uint32_t upper(const RunLeaf* leaf, uint32_t offset);
+  void insert_run(uintptr_t& leaf, uint32_t offset, uint32_t length, Place place);
+  void insert_at(uintptr_t& leaf, uint32_t index, Run run);
+  void remove_at(uintptr_t& leaf, uint32_t index);
+  void make_dense(uintptr_t& leaf);
+  void free_leaf(uintptr_t& leaf);
+
+  std::vector<uintptr_t> leaves_;
+  size_t leaf_bytes_ = 0;
+};
+
+}  // namespace holdfast
