@@ -30,7 +30,7 @@ struct VolumeRequest {
   void (*done)(VolumeRequest* self, int error) = nullptr;
   void* user = nullptr;
   // The volume's, while the request is with it. The implementation static_asserts that its state fits.
-  alignas(16) std::byte scratch[768];
+  alignas(16) std::byte scratch[832];
 };
 
 // A run of slabs of one generation.

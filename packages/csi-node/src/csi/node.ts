@@ -15,7 +15,6 @@ import {
   requireHandle,
   type CallContext,
   type Logger,
-  type VolumeHandle,
 } from '@holdfast/common';
 import type { Csi, Known } from '@holdfast/proto';
 import { mountPath } from '../mount/mountinfo.ts';
@@ -47,19 +46,6 @@ function requirePath(path: string, name: string): void {
   if (!isAbsolute(path) || path.split('/').includes('..')) {
     throw new HoldfastError('INVALID_ARGUMENT', `${name} "${path}" is not an absolute path. Give one.`);
   }
-}
-
-/** For calls about a volume at a path: where no volume can be is NOT_FOUND, not a malformed request. */
-function requireVolumeAt(request: { volume_id: string; volume_path: string }): VolumeHandle {
-  requireField(request.volume_id, 'volume_id');
-  requireField(request.volume_path, 'volume_path');
-  if (!isAbsolute(request.volume_path)) {
-    throw new HoldfastError(
-      'NOT_FOUND',
-      `No volume is at "${request.volume_path}": volume_path has to be absolute.`,
-    );
-  }
-  return requireHandle(request.volume_id);
 }
 
 export class NodeService {
@@ -103,12 +89,11 @@ export class NodeService {
       'volume_id' | 'staging_target_path' | 'publish_context' | 'volume_context' | 'volume_capability'
     >,
   ): Promise<StageRequest> {
-    const capability = readCapability(request.volume_capability, 'FAILED_PRECONDITION');
     return {
       volumeId: request.volume_id,
       handle: requireHandle(request.volume_id),
       stagingPath: await mountPath(request.staging_target_path),
-      capability,
+      capability: readCapability(request.volume_capability, 'FAILED_PRECONDITION'),
       publishContext: request.publish_context,
       volumeContext: request.volume_context,
     };
@@ -181,7 +166,9 @@ export class NodeService {
     request: Csi.NodeGetVolumeStatsRequest__Output,
     context: CallContext,
   ): Promise<Csi.NodeGetVolumeStatsResponse> {
-    const handle = requireVolumeAt(request);
+    requireField(request.volume_id, 'volume_id');
+    requirePath(request.volume_path, 'volume_path');
+    const handle = requireHandle(request.volume_id);
     return volumeStats(this.#agent, this.#records, handle, await mountPath(request.volume_path), context);
   }
 
@@ -189,7 +176,9 @@ export class NodeService {
     request: Csi.NodeExpandVolumeRequest__Output,
     context: CallContext,
   ): Promise<Csi.NodeExpandVolumeResponse> {
-    const handle = requireVolumeAt(request);
+    requireField(request.volume_id, 'volume_id');
+    requirePath(request.volume_path, 'volume_path');
+    const handle = requireHandle(request.volume_id);
     if (request.volume_capability !== null) readCapability(request.volume_capability);
     const volumePath = await mountPath(request.volume_path);
     return this.#turn(request.volume_id, () =>

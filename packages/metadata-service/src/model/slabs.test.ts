@@ -67,10 +67,6 @@ function layer(tx: Transaction, layerId: bigint): void {
   tables.layer.put(tx, record, 'p', layerId);
 }
 
-function must(condition: boolean): void {
-  if (!condition) throw new Error('a step did what it must not');
-}
-
 describe('100 TiB', () => {
   const slabs = 6_553_600;
 
@@ -240,20 +236,20 @@ describe('allocation', () => {
         const action = rng.below(10);
         if (action < 4) {
           for (const taken of takeAhead(tx, pool, host, 1 + rng.below(300))) {
-            for (let n = taken.first; n < taken.first + taken.count; n++) must(!owner.has(n));
+            for (let n = taken.first; n < taken.first + taken.count; n++) expect(owner.has(n)).toBe(false);
             each(taken, 'ahead');
           }
         } else if (action < 7 && run !== undefined) {
           const part = piece(run);
-          must(claimAhead(tx, pool, host, id, [part]));
+          expect(claimAhead(tx, pool, host, id, [part])).toBe(true);
           each(part, `layer ${id}`);
         } else if (action < 8 && run !== undefined) {
           const part = piece(run);
-          must(returnAhead(tx, pool, host, [part]));
+          expect(returnAhead(tx, pool, host, [part])).toBe(true);
           each(part);
         } else if (claimed !== undefined) {
           const part = piece(claimed);
-          must(freeFromLayer(tx, pool, id, [part]));
+          expect(freeFromLayer(tx, pool, id, [part])).toBe(true);
           each(part);
         }
       }

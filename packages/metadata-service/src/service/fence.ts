@@ -14,9 +14,8 @@ import { OrderFailed, type Sessions } from './sessions.ts';
 
 const orderTimeoutMs = 8000;
 const lockPollMs = 200;
-/** While no agent can be asked; when another one can. */
+/** While no agent can be asked. */
 const idleMs = 1000;
-const nextFencerMs = 50;
 
 export class FenceOperation {
   readonly #core: Core;
@@ -58,10 +57,7 @@ export class FenceOperation {
       } catch (error) {
         if (!(error instanceof OrderFailed)) throw error;
         this.#say(`${error.message} It is tried again.`);
-        const untried = liveHosts(this.#core, this.#sessions, this.#poolUuid, host.nodeId).some(
-          (live) => !this.#failed.has(live.nodeId),
-        );
-        pauseMs = host.state === 'FENCING' && untried ? nextFencerMs : idleMs;
+        pauseMs = idleMs;
       }
       if (pauseMs > 0) await this.#pause(pauseMs, host);
     }

@@ -1,0 +1,439 @@
+// The inside of an open volume. One class, one lock; each of the .cc files named below holds one idea of it.
+//
+//   volume.cc           requests as such: submit, finish, waiting lists, grace periods, statistics
+//   volume_open.cc      records, slab pages, the arena's images: from the disk to a volume that can serve
+//   volume_read.cc      from logical blocks to extents on disk through the chain of layers
+//   volume_write.cc     places for new chunks; data first, then the bits of the page image, then the acknowledgement
+//   volume_discard.cc   clearing bits, zero masks and hole ranges
+//   volume_flush.cc     making the map durable, and the reuse of freed chunks that hangs on it
+//   volume_slabs.cc     claiming slabs, giving them back, waiting for them
+//   volume_close.cc     grow, close, abort
+//
+// Threads: everything below is guarded by mu_, which is held for lookups and bit changes only, never across I/O or a
+// call to the outside (posting a task and asking the slab stock excepted: both are leaves in the lock order). A
+// request's own state is touched by the executor that submitted it and by nobody else, save while the request stands
+// in a waiting list (then: under mu_).
+//
+// Why no lock per chunk is needed. (1) Places are given out under mu_ and stand in the map at once, so two first
+// writes to a chunk agree on its place. (2) A place that a request has seen can't be given to other data while the
+// request lives: a freed chunk waits, besides for both durable copies, for a grace period, until every request that
+// was there when it was freed has ended. (3) What two requests do to the same block at the same time has no order.
+#pragma once
+
+#include <array>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <unordered_map>
+#include <vector>
+
+#include "hole_set.h"
+#include "layer_map.h"
+#include "page_arena.h"
+#include "pages.h"
+#include "slab_table.h"
+#include "volume.h"
+
+namespace holdfast {
+
+class VolumeImpl;
+class VolumeOpener;
+struct RequestState;
+
+inline constexpr uint16_t kAllBlocks = 0xffff;
+
+// Bits [from, to) of a block mask.
+constexpr uint16_t block_mask(uint32_t from, uint32_t to) {
+  return static_cast<uint16_t>(((1u << (to - from)) - 1u) << from);
+}
+
+// A contiguous piece of a request at the device. Never crosses a slab.
+struct Extent {
+  IoRequest io;
+  iovec iov{};
+  uint32_t slab = 0;
+  uint32_t chunk = 0;         // first logical chunk
+  uint16_t index = 0;         // first chunk in the slab
+  uint16_t chunks = 0;
+  uint8_t first_block = 0;    // in the first chunk
+  uint8_t end_block = 0;      // in the last chunk, 1..16
+  bool busy = false;
+  bool pinned = false;        // holds a pin on the slab's image
+  bool unapplied = false;     // written, but its bits wait for a free slot
+};
+
+static_assert(offsetof(Extent, io) == 0);
+
+struct FlushWaiter : Task {
+  FlushWaiter* next_waiter = nullptr;
+  Executor* home = nullptr;
+  int error = 0;
+  void (*done)(FlushWaiter* self, int error) = nullptr;
+  void* user = nullptr;
+};
+
+// Lives in VolumeRequest::scratch.
+struct RequestState : Task {
+  static constexpr uint32_t kExtents = 4;
+  enum class Wait : uint8_t { kNone, kSlot, kSlab, kPosted };  // kPosted: woken, its task has not run yet
+
+  VolumeRequest* request = nullptr;
+  VolumeImpl* volume = nullptr;
+  Executor* home = nullptr;
+  RequestState* next_waiting = nullptr;
+  uint64_t cursor = 0;        // bytes of the request that have been given to extents (or, discard: that are done)
+  uint64_t held_since = 0;    // ns; while waiting for a slab
+  uint32_t epoch = 0;
+  int error = 0;
+  uint8_t outstanding = 0;    // extents at the device
+  Wait wait = Wait::kNone;
+  bool in_epoch = false;      // counted in its grace period
+  bool changed = false;       // a write or discard that may have touched anything
+  FlushWaiter flush;
+  Extent extents[kExtents];
+};
+static_assert(sizeof(RequestState) <= sizeof(VolumeRequest::scratch));
+static_assert(alignof(RequestState) <= 16);
+
+// 256 bits, one per chunk of a slab.
+struct ChunkSet {
+  std::array<uint64_t, 4> words{};
+  bool empty() const { return (words[0] | words[1] | words[2] | words[3]) == 0; }
+  bool has(uint32_t i) const { return (words[i / 64] >> (i % 64) & 1) != 0; }
+  void add(uint32_t i) { words[i / 64] |= uint64_t{1} << (i % 64); }
+  void drop(uint32_t i) { words[i / 64] &= ~(uint64_t{1} << (i % 64)); }
+  void clear() { words = {}; }
+};
+
+// A slab whose page has changes that are not durable, or chunks on their way to be free again ("limbo"). A limbo chunk
+// still belongs to its logical chunk, entry {chunk, 0, 0}: a new write to that chunk takes the same place again. It
+// becomes free when two page writes in a row, so both copies, stood without it, and its grace period is over.
+struct HotSlab {
+  uint32_t slab = kNoIndex;
+  uint32_t slot = PageArena::kNone;
+  uint32_t pins = 0;            // writes under way that will set bits
+  bool dirty = false;           // has changes that no frozen page has
+  bool queued = false;          // in dirty_
+  bool flushing = false;        // frozen; the page write has not yet been made durable
+  bool reclaim_listed = false;
+  uint32_t frozen_epoch = 0;
+  uint32_t reclaim_epoch = 0;   // limbo_both is free once every request of this epoch and before has ended
+  uint64_t frozen_sequence = 0;
+  ChunkSet frozen_limbo;        // empty chunks in the frozen page, not taken again since
+  ChunkSet limbo_one;           // absent from the newest durable copy
+  ChunkSet limbo_both;          // absent from both durable copies
+};
+
+class VolumeImpl final : public Volume {
+ public:
+  VolumeImpl(const VolumeEnvironment& environment, const VolumeSpec& spec);
+  ~VolumeImpl() override;
+
+  void submit(VolumeRequest* request) override;
+  void grow(uint64_t size_bytes, Done done) override;
+  void close(Done done) override;
+  void abort(Done done) override;
+  VolumeStats stats() const override;
+
+ private:
+  friend class VolumeOpener;
+
+  enum class State : uint8_t { kOpening, kOpen, kClosing, kClosed, kAborted };
+  enum class Need : uint8_t { kNothing, kSlot, kSlab };
+  static constexpr uint32_t kGraceRing = 64;
+  static constexpr uint32_t kFlushPagesMax = 256;
+  static constexpr uint32_t kFlushPagesMin = 8;
+  static constexpr uint32_t kFlushDepth = 16;
+  static constexpr uint32_t kAffinityChunks = 64;
+  static constexpr uint64_t kDiscardBatch = 2048;  // chunks looked at under one hold of the lock
+
+  struct Layer {
+    uint64_t id = 0;
+    LayerMap map;
+    HoleSet holes;
+  };
+
+  // A page or record I/O of the volume itself.
+  struct PageIo {
+    IoRequest io;
+    iovec iov{};
+    VolumeImpl* volume = nullptr;
+    uint32_t tag = 0;
+  };
+
+  // ---- volume.cc
+  uint64_t data_offset(uint32_t slab, uint32_t chunk) const {
+    return format::slab_data_offset(first_region_, slabs_[slab].number) + uint64_t{chunk} * format::kChunkSize;
+  }
+  uint64_t page_offset(uint64_t slab_number, uint32_t copy) const {
+    return format::slab_page_offset(first_region_, slab_number) + uint64_t{copy} * format::kPageSize;
+  }
+  static RequestState* state_of(VolumeRequest* request) {
+    return std::launder(reinterpret_cast<RequestState*>(request->scratch));
+  }
+  static void finish_later(RequestState* state, int error);  // without the volume
+  bool enter(RequestState* state);     // locked: registers; false: the volume does not serve
+  void leave(RequestState* state);     // locked: the request no longer needs the volume
+  // Locked. A request holds its grace period while it may know places. One that waits for space must not: the space
+  // may hang on that very period.
+  void hold_epoch(RequestState* state);
+  void drop_epoch(RequestState* state);
+  static void complete(RequestState* state);  // unlocked: after leave(); runs done()
+  static void run_request(Task* task);
+  void resume(RequestState* state);
+  void park(RequestState* state, Need need);            // locked
+  void wake(RequestState*& head, RequestState*& tail);  // locked: posts all of them
+  void fail_waiting(RequestState*& head, RequestState*& tail, int error);
+  void bump_epoch();
+  void advance_grace();
+  bool grace_over(uint32_t epoch) const { return static_cast<int32_t>(oldest_epoch_ - epoch) > 0; }
+  void event(Code code, std::string message);  // locked: told after the lock is released
+  void unlock(std::unique_lock<std::mutex>& lock);  // and tells the observer what has come up meanwhile
+  void idle_check();                           // locked: finishes an abort or a close that waits for quiet
+  void start_background() { background_++; }
+  void end_background();
+
+  // ---- volume_read.cc
+  struct Piece {
+    uint64_t length = 0;  // bytes
+    uint64_t disk = 0;    // byte offset; kZeroes: reads as zeros
+  };
+  static constexpr uint64_t kZeroes = ~uint64_t{0};
+  void read(RequestState* state, bool inside_submit);
+  // Locked. The pieces of [offset, end) in order, contiguous ones joined; at most `count`, with at most `data` of data.
+  uint32_t resolve(uint64_t offset, uint64_t end, Piece* out, uint32_t count, uint32_t data) const;
+  static void read_done(IoRequest* io, int error);
+  struct LayerView {
+    uint16_t data = 0;
+    uint16_t zero = 0;  // of the entry or a hole
+    Place place = kNoPlace;
+  };
+  LayerView view(const Layer& layer, uint32_t chunk) const;
+  uint16_t older_data(uint32_t chunk) const;  // blocks that show data when the top layer says nothing
+
+  // ---- volume_write.cc
+  void write(RequestState* state, bool inside_submit);
+  Need plan_extent(RequestState* state, Extent& extent, uint64_t end);  // locked
+  Need place_for(uint32_t chunk, Place* out);                           // locked: allocates
+  void take_chunk(uint32_t slab, uint32_t index, uint32_t chunk);       // locked
+  bool apply(RequestState* state, Extent& extent);                      // locked: sets the bits; false: needs a slot
+  void write_on(RequestState* state, std::unique_lock<std::mutex>& lock, bool inside_submit);
+  static void write_done(IoRequest* io, int error);
+  static void fua_done(FlushWaiter* waiter, int error);
+  bool chunk_usable(uint32_t slab, uint32_t index) const;
+
+  // ---- volume_discard.cc
+  void discard(RequestState* state, bool inside_submit);
+  Need discard_chunk(uint32_t chunk, uint16_t blocks);                          // locked
+  Need discard_mapped(uint32_t chunk, uint16_t blocks, Place place);            // locked
+  Need discard_hidden(uint32_t chunk, uint16_t blocks);                         // locked
+  enum class HoleResult : uint8_t { kAdded, kNoRoom, kNoSlot };
+  HoleResult add_hole(uint32_t slab, uint32_t chunk, uint32_t clear_index);     // locked
+
+  // ---- volume_flush.cc
+  HotSlab& hot(uint32_t index) { return hot_blocks_[index / kHotBlock][index % kHotBlock]; }
+  HotSlab* ensure_hot(uint32_t slab);  // locked; null: no slot is free (a flush has been asked for)
+  // The page of a slab as it stands in memory; `limbo`: chunks without any bit appear as free, and are noted there.
+  void fill_page(uint32_t slab, format::SlabPage* page, ChunkSet* limbo) const;
+  void set_entry(uint32_t slab, uint32_t index, format::SlabEntry entry);
+  void touch_limbo(uint32_t slab, uint32_t index);  // the chunk is wanted again
+  void mark_dirty(HotSlab& hot);
+  void cool(uint32_t hot_index);  // locked: lets the image go if nothing needs it any more
+  void reclaim();                 // locked: limbo chunks whose time has come
+  void request_flush(FlushWaiter* waiter);  // locked: joins, starts or finds it needless
+  void want_flush();              // locked: for the volume's own needs
+  void start_flush();             // locked
+  void flush_round();             // locked: freezes
+  void flush_submit_barrier();
+  void flush_barrier_done(int error);
+  void flush_write_more();
+  void flush_page_done(int error);
+  void flush_finish(int error);
+  static void finish_waiters(FlushWaiter* list, int error);
+  static void flush_barrier_io(IoRequest* io, int error);
+  static void flush_page_io(IoRequest* io, int error);
+  static void request_flush_done(FlushWaiter* waiter, int error);
+
+  // ---- volume_slabs.cc
+  struct Claim {
+    enum class Stage : uint8_t { kIdle, kRead, kWriteA, kWriteB };
+    Stage stage = Stage::kIdle;
+    SlabStock::Slab slab;
+    uint32_t directory = PageArena::kNone;
+    PageIo io;
+    std::unique_ptr<PageBuffer> pages;
+  };
+  struct Unclaimed {
+    SlabStock::Slab slab;
+    uint32_t directory = PageArena::kNone;  // if the arena knows of it
+  };
+  struct Release {
+    enum class Stage : uint8_t { kIdle, kWriteFirst, kWriteSecond, kDiscard };
+    Stage stage = Stage::kIdle;
+    uint32_t slab = kNoIndex;
+    PageIo io;
+    std::unique_ptr<PageBuffer> page;
+  };
+  void list_slab(uint32_t slab);
+  void unlist_slab(uint32_t slab);
+  uint32_t usable_free(const Slab& slab) const { return slab.free_chunks - (format::kChunksPerSlab - usable_chunks_); }
+  void want_slab();               // locked: starts a claim if none runs
+  void claim_ahead();             // locked
+  void claim_step(int error);
+  void claim_submit(IoOp op, uint32_t copy, uint32_t pages);
+  std::string claim_objection(const format::SlabPage& page, PageState state) const;
+  static void stock_has_some(Task* task);
+  void slab_waiters_timeout();
+  void arm_full_timer();
+  static void full_timer_run(Task* task);
+  void drop_full_timer();
+  void maybe_release(uint32_t slab);  // locked: an empty, settled slab that is not needed goes back
+  void start_release();
+  void release_submit_page(uint32_t copy);
+  void release_step(int error);
+  format::SlabPage& seal_empty_page(std::byte* memory, const SlabStock::Slab& slab, uint64_t layer_id, uint32_t copy,
+                                    uint64_t sequence);
+  void settle_for_space();        // locked: flushes so that limbo and unsettled chunks become usable
+
+  // ---- volume_close.cc
+  struct Control {
+    enum class Kind : uint8_t { kNone, kGrow, kClose };
+    Kind kind = Kind::kNone;
+    uint32_t step = 0;
+    Executor* home = nullptr;
+    Done done;
+    uint64_t size_bytes = 0;
+    uint64_t old_size_bytes = 0;
+    uint32_t next_slab = 0;
+    uint32_t outstanding = 0;
+    int error = 0;
+    FlushWaiter flush;
+  };
+  struct Finisher;
+  void write_record(void (*then)(VolumeImpl* self, int error));  // locked, and so is `then`
+  void record_submit(uint32_t copy);
+  void record_step(int error);
+  void control_end(Status status);
+  void close_flush();
+  void close_flushed(int error);
+  void close_failed(const std::string& why);
+  void close_equalise();
+  void close_page_done(int error);
+  void close_barrier_done(int error);
+  void post_done(Executor* home, Done done, Status status);  // locked: sent when the lock is released
+  static void send_finishers(const std::vector<Finisher*>& finishers);
+
+  const VolumeEnvironment environment_;
+  VolumeSpec spec_;
+  BlockDevice& device_;
+  PageArena* arena_;
+  const uint64_t first_region_;
+  const uint32_t usable_chunks_;
+
+  mutable std::mutex mu_;
+  State state_ = State::kOpening;
+  uint64_t size_bytes_ = 0;
+  bool read_only_ = false;
+  std::vector<Layer> layers_;  // newest first; [0] is the writable top
+  SlabTable slabs_;
+  std::unordered_map<uint32_t, std::vector<format::HoleRange>> slab_holes_;
+  uint64_t flush_number_ = 0;
+  format::VolumeRecord record_{};
+  int record_newest_ = 0;
+
+  // Requests.
+  uint64_t active_ = 0;      // registered and not yet finished
+  uint64_t background_ = 0;  // the volume's own operations under way
+  std::atomic<uint64_t> in_flight_{0};  // I/Os of requests at the device
+  RequestState* slot_waiters_ = nullptr;
+  RequestState* slot_waiters_tail_ = nullptr;
+  RequestState* slab_waiters_ = nullptr;
+  RequestState* slab_waiters_tail_ = nullptr;
+  uint64_t held_ = 0;
+  std::array<uint32_t, kGraceRing> epoch_counts_{};
+  uint32_t epoch_ = 1;
+  uint32_t oldest_epoch_ = 1;
+  VolumeStats counters_;
+  uint64_t data_chunks_ = 0;
+
+  // Changed pages.
+  static constexpr uint32_t kHotBlock = 32;
+  std::vector<std::unique_ptr<HotSlab[]>> hot_blocks_;
+  std::vector<uint32_t> hot_free_;
+  uint32_t hot_size_ = 0;
+  uint32_t hot_live_ = 0;
+  std::vector<uint32_t> dirty_;
+  std::vector<uint32_t> reclaim_list_;
+  std::unique_ptr<PageBuffer> scratch_page_;  // to build images in
+
+  // Flush.
+  uint64_t modified_ = 1;  // grows with every completed write or discard
+  uint64_t flushed_ = 0;   // its value when the last successful flush started
+  bool flush_running_ = false;
+  bool flush_wanted_ = false;
+  Executor* flush_home_ = nullptr;
+  uint64_t flush_start_ = 0;
+  FlushWaiter* flush_waiters_ = nullptr;
+  FlushWaiter* flush_next_ = nullptr;
+  std::vector<uint32_t> flush_queue_;    // dirty when the flush began, not yet frozen
+  std::vector<uint32_t> flush_frozen_;   // all that were frozen in this flush
+  uint32_t flush_round_first_ = 0;       // of flush_frozen_: this round's
+  uint32_t flush_next_write_ = 0;
+  uint32_t flush_outstanding_ = 0;
+  bool flush_final_ = false;
+  int flush_error_ = 0;
+  std::unique_ptr<PageBuffer> flush_pages_;
+  uint32_t flush_capacity_ = 0;
+  PageIo flush_barrier_;
+  std::array<PageIo, kFlushDepth> flush_io_;
+
+  // Slabs.
+  uint32_t list_head_ = kNoIndex;  // live slabs of the top layer with free chunks
+  uint32_t current_ = kNoIndex;    // where the next chunk comes from
+  uint32_t current_cursor_ = 0;
+  uint64_t free_total_ = 0;
+  uint32_t hole_slab_ = 0;         // where the last hole found room
+  uint32_t unsettled_ = 0;
+  uint32_t unsettled_cursor_ = 0;
+  std::vector<Unclaimed> unclaimed_;  // granted or taken, but not claimed
+  Claim claim_;
+  Release release_;
+  std::deque<uint32_t> release_queue_;
+  struct StockTask : Task {
+    VolumeImpl* volume = nullptr;
+  } stock_task_;
+  bool stock_waiting_ = false;
+  uint64_t full_since_ = 0;
+  struct FullTimer;
+  FullTimer* full_timer_ = nullptr;
+
+  // Control.
+  Control control_;
+  PageIo record_io_;
+  std::unique_ptr<PageBuffer> record_page_;
+  uint32_t record_stage_ = 0;
+  void (*record_then_)(VolumeImpl* self, int error) = nullptr;
+  VolumeOpener* opener_ = nullptr;  // while it is being opened
+  struct AbortWaiter {
+    Executor* home;
+    Done done;
+  };
+  std::vector<AbortWaiter> abort_waiters_;
+  std::vector<Finisher*> finishers_;
+
+  // Told outside the lock.
+  struct Event {
+    Code code;
+    std::string message;
+  };
+  std::vector<Event> events_;
+  struct Notice {
+    bool claimed;
+    uint64_t layer_id;
+    uint64_t slab;
+    uint64_t generation;
+  };
+  std::vector<Notice> notices_;
+};
+
+}  // namespace holdfast

@@ -1,0 +1,395 @@
+// Slabs: claiming one (its page checked, then both copies written durably one after the other, before any data goes
+// in), giving an empty one back (page durable in both copies → discard complete → returned), and waiting for one.
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+
+#include "volume_impl.h"
+
+namespace holdfast {
+
+using format::kChunksPerSlab;
+using format::kPageSize;
+using format::SlabPage;
+
+// ---- slabs with free chunks
+
+void VolumeImpl::list_slab(uint32_t index) {
+  Slab& slab = slabs_[index];
+  HF_ASSERT(!slab.listed && slab.layer == 0 && slab.state == SlabState::kLive && !slab.unsettled);
+  slab.listed = 1;
+  slab.list_previous = kNoIndex;
+  slab.list_next = list_head_;
+  if (list_head_ != kNoIndex) slabs_[list_head_].list_previous = index;
+  list_head_ = index;
+  free_total_ += usable_free(slab);
+}
+
+void VolumeImpl::unlist_slab(uint32_t index) {
+  Slab& slab = slabs_[index];
+  HF_ASSERT(slab.listed);
+  slab.listed = 0;
+  if (slab.list_previous != kNoIndex) slabs_[slab.list_previous].list_next = slab.list_next;
+  else list_head_ = slab.list_next;
+  if (slab.list_next != kNoIndex) slabs_[slab.list_next].list_previous = slab.list_previous;
+  slab.list_next = slab.list_previous = kNoIndex;
+  free_total_ -= usable_free(slab);
+  if (current_ == index) current_ = kNoIndex;
+}
+
+// What flushes can do for space: chunks in limbo, and chunks that only the older copy of a page still maps.
+void VolumeImpl::settle_for_space() {
+  for (uint32_t seen = 0, done = 0; unsettled_ > 0 && done < 32 && seen < slabs_.size(); seen++) {
+    unsettled_cursor_ = (unsettled_cursor_ + 1) % slabs_.size();
+    const Slab& slab = slabs_[unsettled_cursor_];
+    if (slab.state != SlabState::kLive || !slab.unsettled) continue;
+    HotSlab* image = ensure_hot(unsettled_cursor_);
+    if (image == nullptr) break;
+    mark_dirty(*image);
+    done++;
+  }
+  want_flush();
+}
+
+// ---- claiming
+
+// Ahead of need, once the free chunks come to less than a quarter of a slab, so that a stream of first writes does not
+// stop at the end of each slab.
+void VolumeImpl::claim_ahead() {
+  if (free_total_ < usable_chunks_ / 4) want_slab();
+}
+
+void VolumeImpl::want_slab() {
+  if (claim_.stage != Claim::Stage::kIdle || stock_waiting_ || state_ != State::kOpen) return;
+  claim_.directory = PageArena::kNone;
+  if (!unclaimed_.empty()) {
+    claim_.slab = unclaimed_.back().slab;
+    claim_.directory = unclaimed_.back().directory;
+    unclaimed_.pop_back();
+  } else {
+    const uint64_t near = current_ != kNoIndex ? slabs_[current_].number : slabs_.size() > 0 ? slabs_[slabs_.size() - 1].number : 0;
+    if (!environment_.stock->take(near, &claim_.slab, &stock_task_, Executor::current())) {
+      stock_waiting_ = true;
+      arm_full_timer();
+      return;
+    }
+  }
+  full_since_ = 0;
+  if (claim_.directory == PageArena::kNone) {
+    claim_.directory = arena_->add_claim(
+        {claim_.slab.slab, claim_.slab.generation, layers_[0].id, PageArena::ClaimState::kClaiming});
+    if (claim_.directory == PageArena::kNone || slabs_.size() > kMaxSlabIndex) {
+      if (claim_.directory != PageArena::kNone) arena_->set_claim_state(claim_.directory, PageArena::ClaimState::kFree);
+      environment_.stock->put_back(claim_.slab);
+      event(Code::kNoSpace, "volume " + std::to_string(spec_.volume_id) +
+                                " has claimed as many slabs as this opening of it can keep track of; close it and open "
+                                "it again (move it to another node, or restart the pods that use it)");
+      fail_waiting(slab_waiters_, slab_waiters_tail_, ENOSPC);
+      return;
+    }
+  }
+  if (claim_.pages == nullptr) claim_.pages = std::make_unique<PageBuffer>(2 * kPageSize);
+  start_background();
+  claim_.stage = Claim::Stage::kRead;
+  claim_submit(IoOp::kRead, 0, 2);
+}
+
+void VolumeImpl::claim_submit(IoOp op, uint32_t copy, uint32_t pages) {
+  PageIo& io = claim_.io;
+  io.iov = {claim_.pages->data() + size_t{copy} * kPageSize, size_t{pages} * kPageSize};
+  io.io.op = op;
+  io.io.fua = op == IoOp::kWrite;
+  io.io.offset = page_offset(claim_.slab.slab, copy);
+  io.io.length = io.iov.iov_len;
+  io.io.iov = &io.iov;
+  io.io.iov_count = 1;
+  io.io.user = this;
+  io.io.done = [](IoRequest* request, int error) { static_cast<VolumeImpl*>(request->user)->claim_step(error); };
+  device_.submit(&io.io);
+}
+
+SlabPage& VolumeImpl::seal_empty_page(std::byte* memory, const SlabStock::Slab& slab, uint64_t layer_id, uint32_t copy,
+                                      uint64_t sequence) {
+  auto& page = page_at<SlabPage>({memory, kPageSize}, 0);
+  std::memset(static_cast<void*>(&page), 0, kPageSize);
+  page.layer_id = layer_id;
+  page.generation = slab.generation;
+  page.epoch = spec_.epoch;
+  page.volume_id = layer_id != 0 ? spec_.volume_id : 0;
+  for (format::SlabEntry& entry : page.entries) entry = kFreeEntry;
+  seal(page, environment_.pool, page_offset(slab.slab, copy), sequence);
+  return page;
+}
+
+// Whether somebody else's rights stand on this page: then the slab is not ours to claim, whatever the stock says.
+std::string VolumeImpl::claim_objection(const SlabPage& page, PageState state) const {
+  if (state == PageState::kNewerVersion) return "is of a newer format version";
+  if (state != PageState::kOk) return {};
+  const std::string whose = "names layer " + std::to_string(page.layer_id) + ", generation " +
+                            std::to_string(page.generation) + ", epoch " + std::to_string(page.epoch);
+  if (page.generation > claim_.slab.generation) return whose;
+  if (page.generation < claim_.slab.generation || page.layer_id == 0) return {};
+  if (page.layer_id != layers_[0].id || page.epoch > spec_.epoch) return whose;
+  for (const format::SlabEntry& entry : page.entries) {
+    if (entry.logical_chunk != format::kNoChunk) return whose + " and holds data";
+  }
+  return page.hole_count > 0 ? whose + " and holds holes" : std::string();
+}
+
+void VolumeImpl::claim_step(int error) {
+  std::unique_lock lock(mu_);
+  const Claim::Stage stage = claim_.stage;
+  if (state_ == State::kAborted || error != 0) {
+    claim_.stage = Claim::Stage::kIdle;
+    if (state_ != State::kAborted) {
+      unclaimed_.push_back({claim_.slab, claim_.directory});
+      event(Code::kIo, "volume " + std::to_string(spec_.volume_id) + ": slab " + std::to_string(claim_.slab.slab) +
+                           " could not be claimed: its page can't be " +
+                           (stage == Claim::Stage::kRead ? "read" : "written") + " (errno " + std::to_string(error) +
+                           "). Writes to new places fail until it can; check the pool's device");
+      if (list_head_ == kNoIndex) fail_waiting(slab_waiters_, slab_waiters_tail_, EIO);
+    }
+    end_background();
+    return unlock(lock);
+  }
+  if (stage == Claim::Stage::kRead) {
+    for (uint32_t copy = 0; copy < 2; copy++) {
+      const auto& page = claim_.pages->at<SlabPage>(size_t{copy} * kPageSize);
+      const PageState state = verify(page, environment_.pool, page_offset(claim_.slab.slab, copy));
+      const std::string objection = claim_objection(page, state);
+      if (!objection.empty()) {
+        arena_->set_claim_state(claim_.directory, PageArena::ClaimState::kFree);
+        claim_.stage = Claim::Stage::kIdle;
+        event(Code::kStale, "volume " + std::to_string(spec_.volume_id) + ": slab " + std::to_string(claim_.slab.slab) +
+                                " was handed out with generation " + std::to_string(claim_.slab.generation) +
+                                ", but its page (copy " + "AB"[copy] + ") " + objection +
+                                "; it is left alone. Run `holdfast pool check` to see whose it is");
+        want_slab();
+        end_background();
+        return unlock(lock);
+      }
+      // A page of this very generation may carry a number that this opening has not used yet.
+      if (state == PageState::kOk && page.generation == claim_.slab.generation) {
+        flush_number_ = std::max(flush_number_, page.header.sequence);
+      }
+    }
+    flush_number_++;
+    arena_->raise_flush_number(flush_number_);
+    for (uint32_t copy = 0; copy < 2; copy++) {
+      seal_empty_page(claim_.pages->data() + size_t{copy} * kPageSize, claim_.slab, layers_[0].id, copy, flush_number_);
+    }
+    claim_.stage = Claim::Stage::kWriteA;
+    claim_submit(IoOp::kWrite, 0, 1);
+    return unlock(lock);
+  }
+  if (stage == Claim::Stage::kWriteA) {
+    claim_.stage = Claim::Stage::kWriteB;
+    claim_submit(IoOp::kWrite, 1, 1);
+    return unlock(lock);
+  }
+  claim_.stage = Claim::Stage::kIdle;
+  arena_->set_claim_state(claim_.directory, PageArena::ClaimState::kClaimed);
+  const uint32_t index = slabs_.add();
+  Slab& slab = slabs_[index];
+  slab.number = claim_.slab.slab;
+  slab.generation = claim_.slab.generation;
+  slab.sequence = claim_.pages->at<SlabPage>().header.sequence;
+  slab.claim = claim_.directory;
+  slab.ours = 1;
+  list_slab(index);
+  notices_.push_back({true, layers_[0].id, slab.number, slab.generation});
+  if (slab_waiters_ != nullptr) wake(slab_waiters_, slab_waiters_tail_);
+  end_background();
+  unlock(lock);
+}
+
+// ---- waiting for the stock
+
+void VolumeImpl::stock_has_some(Task* task) {
+  VolumeImpl* self = static_cast<StockTask*>(task)->volume;
+  std::unique_lock lock(self->mu_);
+  self->stock_waiting_ = false;
+  if (self->slab_waiters_ != nullptr) self->want_slab();
+  else self->claim_ahead();
+  self->idle_check();
+  self->unlock(lock);
+}
+
+// A timer can't be taken back, so it outlives the volume if it must.
+struct VolumeImpl::FullTimer : Task {
+  std::mutex mutex;
+  VolumeImpl* volume = nullptr;
+  bool armed = false;  // under the volume's lock
+};
+
+void VolumeImpl::arm_full_timer() {
+  if (slab_waiters_ == nullptr || !environment_.stock->known_full()) return;
+  Executor* executor = Executor::current();
+  HF_ASSERT(executor != nullptr);
+  if (full_since_ == 0) full_since_ = executor->now_ns();
+  if (full_timer_ == nullptr) {
+    full_timer_ = new FullTimer;
+    full_timer_->volume = this;
+    full_timer_->run = full_timer_run;
+  }
+  if (full_timer_->armed) return;
+  uint64_t soonest = ~uint64_t{0};
+  for (RequestState* at = slab_waiters_; at != nullptr; at = at->next_waiting) {
+    soonest = std::min(soonest, std::max(at->held_since, full_since_));
+  }
+  full_timer_->armed = true;
+  executor->post_at(full_timer_, soonest + environment_.full_timeout_ns);
+}
+
+void VolumeImpl::full_timer_run(Task* task) {
+  auto* timer = static_cast<FullTimer*>(task);
+  std::unique_lock guard(timer->mutex);
+  if (timer->volume != nullptr) return timer->volume->slab_waiters_timeout();
+  guard.unlock();
+  delete timer;
+}
+
+void VolumeImpl::drop_full_timer() {
+  if (full_timer_ == nullptr) return;
+  std::unique_lock guard(full_timer_->mutex);
+  full_timer_->volume = nullptr;
+  const bool armed = full_timer_->armed;
+  guard.unlock();
+  if (!armed) delete full_timer_;
+}
+
+void VolumeImpl::slab_waiters_timeout() {
+  std::unique_lock lock(mu_);
+  full_timer_->armed = false;
+  if (!environment_.stock->known_full()) {
+    full_since_ = 0;
+    return unlock(lock);
+  }
+  const uint64_t now = Executor::current()->now_ns();
+  RequestState* expired = nullptr;
+  RequestState* expired_tail = nullptr;
+  RequestState* rest = nullptr;
+  RequestState* rest_tail = nullptr;
+  for (RequestState* at = slab_waiters_; at != nullptr;) {
+    RequestState* next = at->next_waiting;
+    at->next_waiting = nullptr;
+    const bool over = full_since_ != 0 && std::max(at->held_since, full_since_) + environment_.full_timeout_ns <= now;
+    RequestState*& head = over ? expired : rest;
+    RequestState*& tail = over ? expired_tail : rest_tail;
+    if (head == nullptr) head = at;
+    else tail->next_waiting = at;
+    tail = at;
+    at = next;
+  }
+  slab_waiters_ = rest;
+  slab_waiters_tail_ = rest_tail;
+  if (expired != nullptr) {
+    event(Code::kNoSpace, "volume " + std::to_string(spec_.volume_id) +
+                              ": the pool is full, writes to new places get ENOSPC. Delete volumes or grow the pool");
+    fail_waiting(expired, expired_tail, ENOSPC);
+  }
+  arm_full_timer();
+  unlock(lock);
+}
+
+// ---- giving back
+
+void VolumeImpl::maybe_release(uint32_t index) {
+  Slab& slab = slabs_[index];
+  if (slab.state != SlabState::kLive || slab.layer != 0 || slab.hot != kNoIndex || slab.unsettled || slab.holes ||
+      slab.free_chunks != kChunksPerSlab || state_ != State::kOpen) {
+    return;
+  }
+  HF_ASSERT(slab.listed);
+  // Not the last room: the next write would only claim another.
+  if (free_total_ < usable_chunks_ + std::max(1u, usable_chunks_ / 4)) return;
+  unlist_slab(index);
+  slab.state = SlabState::kReleasing;
+  release_queue_.push_back(index);
+  start_release();
+}
+
+void VolumeImpl::start_release() {
+  if (release_.stage != Release::Stage::kIdle || release_queue_.empty() || state_ != State::kOpen) return;
+  release_.slab = release_queue_.front();
+  release_queue_.pop_front();
+  if (release_.page == nullptr) release_.page = std::make_unique<PageBuffer>(kPageSize);
+  start_background();
+  flush_number_++;
+  arena_->raise_flush_number(flush_number_);
+  release_.stage = Release::Stage::kWriteFirst;
+  release_submit_page(1u - slabs_[release_.slab].newest);
+}
+
+void VolumeImpl::release_submit_page(uint32_t copy) {
+  const Slab& slab = slabs_[release_.slab];
+  seal_empty_page(release_.page->data(), {slab.number, slab.generation}, 0, copy, flush_number_);
+  PageIo& io = release_.io;
+  io.iov = {release_.page->data(), kPageSize};
+  io.io.op = IoOp::kWrite;
+  io.io.fua = true;
+  io.io.offset = page_offset(slab.number, copy);
+  io.io.length = kPageSize;
+  io.io.iov = &io.iov;
+  io.io.iov_count = 1;
+  io.io.user = this;
+  io.io.done = [](IoRequest* request, int error) { static_cast<VolumeImpl*>(request->user)->release_step(error); };
+  device_.submit(&io.io);
+}
+
+void VolumeImpl::release_step(int error) {
+  std::unique_lock lock(mu_);
+  const uint32_t index = release_.slab;
+  Slab& slab = slabs_[index];
+  HF_ASSERT(slab.state == SlabState::kReleasing && slab.free_chunks == kChunksPerSlab);
+  const bool writing = release_.stage != Release::Stage::kDiscard;
+  const auto stop = [&] {
+    slabs_.remove(index);
+    release_.stage = Release::Stage::kIdle;
+    if (state_ == State::kOpen) start_release();
+    end_background();
+    unlock(lock);
+  };
+  if (state_ == State::kAborted) return stop();
+  if (writing && error != 0) {
+    event(Code::kIo, "volume " + std::to_string(spec_.volume_id) + ": the page of empty slab " +
+                         std::to_string(slab.number) + " can't be written (errno " + std::to_string(error) +
+                         "); the slab stays with the volume. Check the pool's device");
+    if (slab.claim != PageArena::kNone) arena_->set_claim_state(slab.claim, PageArena::ClaimState::kClaiming);
+    unclaimed_.push_back({{slab.number, slab.generation}, slab.claim});
+    return stop();
+  }
+  if (release_.stage == Release::Stage::kWriteFirst) {
+    release_.stage = Release::Stage::kWriteSecond;
+    release_submit_page(slab.newest);
+    return unlock(lock);
+  }
+  if (release_.stage == Release::Stage::kWriteSecond) {
+    // From here on the slab is not ours, also for an engine that takes over with an old grant.
+    if (slab.claim != PageArena::kNone) {
+      arena_->set_claim_state(slab.claim, PageArena::ClaimState::kReturned);
+    } else {
+      slab.claim =
+          arena_->add_claim({slab.number, slab.generation, layers_[0].id, PageArena::ClaimState::kReturned});
+      if (slab.claim == PageArena::kNone) {
+        unclaimed_.push_back({{slab.number, slab.generation}, PageArena::kNone});
+        return stop();
+      }
+    }
+    release_.stage = Release::Stage::kDiscard;
+    PageIo& io = release_.io;
+    io.io.op = IoOp::kDiscard;
+    io.io.fua = false;
+    io.io.offset = data_offset(index, 0);
+    io.io.length = format::kSlabSize;
+    io.io.iov = nullptr;
+    io.io.iov_count = 0;
+    device_.submit(&io.io);
+    return unlock(lock);
+  }
+  // A device that can't discard has not failed: the slab is as empty as it needs to be.
+  notices_.push_back({false, layers_[0].id, slab.number, slab.generation});
+  stop();
+}
+
+}  // namespace holdfast
