@@ -64,7 +64,8 @@ bool label_is(const loop_info64& info, const char* label) {
 int attach_loop(int mount_fd, const KeeperAttach& wanted, int* number, char* note, uint32_t note_size) {
   char path[64];
   std::snprintf(path, sizeof path, "/proc/self/fd/%d", mount_fd);
-  const int file = open(path, O_RDWR | O_DIRECT | O_CLOEXEC);
+  const bool read_only = wanted.read_only != 0;
+  const int file = open(path, (read_only ? O_RDONLY : O_RDWR) | O_DIRECT | O_CLOEXEC);
   if (file < 0) return errno;
   const int control = open("/dev/loop-control", O_RDWR | O_CLOEXEC);
   if (control < 0) {
@@ -87,7 +88,7 @@ int attach_loop(int mount_fd, const KeeperAttach& wanted, int* number, char* not
     loop_config config{};
     config.fd = uint32_t(file);
     config.block_size = wanted.sector_size;
-    config.info.lo_flags = LO_FLAGS_DIRECT_IO;
+    config.info.lo_flags = LO_FLAGS_DIRECT_IO | (read_only ? uint32_t(LO_FLAGS_READ_ONLY) : 0u);
     std::snprintf(reinterpret_cast<char*>(config.info.lo_file_name), LO_NAME_SIZE, "%s", wanted.label);
     error = ioctl(loop, LOOP_CONFIGURE, &config) == 0 ? 0 : errno;
     if (error == 0) *number = free_number;

@@ -61,7 +61,8 @@ class Checker {
   Checker(SyncDevice& device, const PoolInfo& info, const Progress& progress)
       : device_(device), s_(info.superblock), progress_(progress) {
     report_.pool = info;
-    total_pages_ = 2 + (s_.first_region_offset - s_.authority_offset) / kPageSize + 2 * s_.slab_count;
+    total_pages_ = 2 + 2 + uint64_t{s_.host_slots} * (2 + s_.fence_generations) +
+                   2ull * (uint64_t{s_.volume_slots} + s_.layer_slots + s_.slab_count);
   }
 
   CheckReport run() {
@@ -380,7 +381,7 @@ class Checker {
                                                  (parent == layers_.end() ? "has no record" : "is deleted"));
       }
       if (steps > layers_.size()) return wrong("layer-cycle", "is below itself in its own chain");
-      if (child == &seen) {  // each link is judged once, from its child
+      if (steps == 0) {  // each link is judged once, from its child
         if (parent->second.info.state == LayerState::kWritable) {
           wrong("layer-parent-writable", "rests on a layer that is still writable: " + link);
         }

@@ -5,6 +5,7 @@
 #include <linux/falloc.h>
 #include <linux/mount.h>
 #include <poll.h>
+#include <sys/epoll.h>
 #include <sys/ioctl.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -97,8 +98,8 @@ bool wait_until(const std::function<bool()>& condition, unsigned timeout_ms) {
 
 FuseChannel::FuseChannel(FuseSession* session, Worker* worker, int fd) : session_(session), worker_(worker), fd_(fd) {
   poll_.channel = this;
-  poll_.complete = [](Completion* self, int result, uint32_t flags) {
-    static_cast<Poll*>(self)->channel->polled(result, flags);
+  poll_.complete = [](Completion* self, int, uint32_t flags) {
+    static_cast<Poll*>(self)->channel->polled(flags);
   };
   read_task_.channel = this;
   read_task_.run = [](Task* self) {
@@ -117,13 +118,13 @@ void FuseChannel::start() {
 
 void FuseChannel::arm_poll() {
   if (poll_armed_) return;
-  io_uring_prep_poll_multishot(worker_->sqe(&poll_), fd_, POLLIN);
+  io_uring_prep_poll_multishot(worker_->sqe(&poll_), fd_, POLLIN | EPOLLEXCLUSIVE);
   poll_armed_ = true;
 }
 
-void FuseChannel::polled(int result, uint32_t flags) {
+void FuseChannel::polled(uint32_t flags) {
   if ((flags & IORING_CQE_F_MORE) == 0) poll_armed_ = false;
-  if (!reading_ || result == -ECANCELED) return;
+  if (!reading_) return;
   if (!poll_armed_ && !ended_) arm_poll();
   if (!read_task_queued_ && !waiting_for_slot_) read_requests();
 }
@@ -170,7 +171,6 @@ void FuseChannel::read_requests() {
     if (error == EINTR || error == ENOENT) continue;  // ENOENT: the request was taken back
     if (error == ENODEV || error == ECONNABORTED) {
       ended_ = true;
-      session_->ended_.fetch_add(1, std::memory_order_acq_rel);
       return;
     }
     HF_ASSERT(!"reading /dev/fuse fails only in the ways above");
@@ -439,6 +439,7 @@ Status FuseSession::clone_for(const std::vector<Worker*>& workers) {
 
 FuseSession::~FuseSession() {
   HF_ASSERT(!started_);
+  // The mount last: with nobody left to answer, its end waits for nothing.
   for (auto& channel : channels_) close(channel->fd());
   for (int fd : surplus_fds_) close(fd);
   if (mount_fd_ >= 0) close(mount_fd_);
@@ -481,6 +482,10 @@ void FuseSession::stop_reading() {
   for_each_channel([](FuseChannel& channel) { channel.stop_reading(); });
 }
 
+void FuseSession::resume_reading() {
+  for_each_channel([](FuseChannel& channel) { channel.start(); });
+}
+
 bool FuseSession::wait_idle(unsigned timeout_ms) {
   return wait_until([this] { return in_flight_.load(std::memory_order_acquire) == 0; }, timeout_ms);
 }
@@ -498,16 +503,6 @@ void FuseSession::set_size(uint64_t size_bytes) {
   message.inode.off = -1;  // attributes only
   // Fails where the kernel has no attributes cached, which is as good.
   [[maybe_unused]] ssize_t written = write(channels_[0]->fd(), &message, sizeof message);
-}
-
-void FuseSession::close_mount() {
-  if (mount_fd_ >= 0) close(mount_fd_);
-  mount_fd_ = -1;
-}
-
-bool FuseSession::wait_ended(unsigned timeout_ms) {
-  const uint32_t all = uint32_t(channels_.size());
-  return wait_until([this, all] { return ended_.load(std::memory_order_acquire) == all; }, timeout_ms);
 }
 
 void FuseSession::shut_down() {

@@ -52,7 +52,7 @@ class FuseChannel {
   };
 
   void arm_poll();
-  void polled(int result, uint32_t flags);
+  void polled(uint32_t flags);
   void read_requests();
   void queue_read();
   void handle(Slot* slot, size_t length);
@@ -103,21 +103,19 @@ class FuseSession {
   void set_mode(Mode mode);
   // Stops reading. Requests with the volume go on. Idempotent.
   void stop_reading();
+  // After stop_reading(): reads again.
+  void resume_reading();
   // True when nothing is with the volume (within `timeout_ms`).
   bool wait_idle(unsigned timeout_ms);
   // The new size is served, and the kernel's idea of it forgotten.
   void set_size(uint64_t size_bytes);
-  // Drops this engine's hold on the mount. With the file closed too, the kernel ends the connection.
-  void close_mount();
-  // True when the kernel ended the connection on every channel (ENODEV).
-  bool wait_ended(unsigned timeout_ms);
   // Stops reading for good and waits for the polls to end; nothing may be with the volume any more.
   void shut_down();
 
   Mode mode() const { return mode_.load(std::memory_order_acquire); }
   uint64_t size_bytes() const { return size_bytes_.load(std::memory_order_relaxed); }
   const FuseAgreement& agreement() const { return agreement_; }
-  // The mount first, then every clone: what the keeper keeps.
+  // Every clone, those that no worker reads included.
   std::vector<int> fuse_fds() const;
   int mount_fd() const { return mount_fd_; }
   uint64_t in_flight() const { return in_flight_.load(std::memory_order_relaxed); }
@@ -137,7 +135,6 @@ class FuseSession {
   std::atomic<bool> agreed_{false};
   std::atomic<uint64_t> size_bytes_{0};
   std::atomic<uint64_t> in_flight_{0};
-  std::atomic<uint32_t> ended_{0};
   bool started_ = false;
 };
 

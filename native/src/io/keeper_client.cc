@@ -48,6 +48,15 @@ Result<std::unique_ptr<KeeperClient>> KeeperClient::connect(const std::string& s
 
 KeeperClient::~KeeperClient() { close(fd_); }
 
+Status KeeperClient::reconnect() {
+  std::lock_guard lock(mutex_);
+  Result<int> fd = connect_to(socket_path_);
+  if (!fd.ok()) return fd.status;
+  close(fd_);
+  fd_ = *fd;
+  return {};
+}
+
 Status KeeperClient::lost(const char* what) const {
   return {Code::kUnavailable, std::string("the keeper at ") + socket_path_ + " is gone (" + what + ": " +
                                   std::strerror(errno) + "); start it again and retry"};

@@ -38,6 +38,9 @@ class KeeperClient {
   Status detach(const KeeperLoop& loop);  // kBusy
   Result<int> find(const std::string& label);  // -1: none
 
+  // After an error of the calls above: a new connection. What the keeper had may be gone with the old one.
+  Status reconnect();
+
   const std::string& socket_path() const { return socket_path_; }
 
  private:

@@ -72,7 +72,7 @@ struct KeeperAttach {
   uint32_t sector_size;
   uint32_t requests;     // of the loop device's queue
   uint32_t async_depth;
-  uint32_t reserved;
+  uint32_t read_only;    // 1: a read-only loop device
 };
 
 }  // namespace holdfast

@@ -3,6 +3,7 @@
  * (ABORTED when another call has it), make one idempotent call to the metadata service, translate the answer. What the
  * service refuses carries the right gRPC code already.
  */
+import { createHash } from 'node:crypto';
 import {
   csiUnary,
   csiUnimplemented,
@@ -34,6 +35,20 @@ import { isAccessible, placementGroups, poolNamed } from './placement.ts';
 
 /** The specification's general limit for strings. */
 const MAX_NAME_BYTES = 128;
+/** What a volume record on disk has room for. */
+const MAX_STORED_NAME_BYTES = 127;
+
+/** The name that the service keeps: a longer one is cut, and its digest keeps it one of a kind. */
+function storedName(name: string): string {
+  if (Buffer.byteLength(name) <= MAX_STORED_NAME_BYTES) return name;
+  const digest = createHash('sha256').update(name).digest('hex');
+  // Whole characters only: a cut one would decode to something else.
+  const head = Buffer.from(name)
+    .subarray(0, MAX_STORED_NAME_BYTES - digest.length - 1)
+    .toString()
+    .replace(/\uFFFD+$/, '');
+  return `${head}-${digest}`;
+}
 
 const capabilities = [
   'CREATE_DELETE_VOLUME',
@@ -165,7 +180,7 @@ export class ControllerService {
           : poolNamed(await this.#metadata.listPools(context), parameters.pool);
       const groups = placementGroups(request.accessibility_requirements, pool);
       const volume = await this.#createInFirst(groups, context, {
-        name: request.name,
+        name: storedName(request.name),
         size_bytes: sizeBytes.toString(),
         limit_bytes: limitBytes.toString(),
         parameters: kept,

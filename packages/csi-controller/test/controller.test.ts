@@ -213,6 +213,16 @@ describe('the CSI controller', () => {
     });
   });
 
+  it('keeps names of 128 bytes apart, multi-byte characters included', async () => {
+    const ids = new Set<string>();
+    for (const name of ['x'.repeat(128), `${'x'.repeat(127)}y`, 'ü'.repeat(64)]) {
+      const volume = await create({ name });
+      expect((await create({ name })).volume_id).toBe(volume.volume_id);
+      ids.add(volume.volume_id);
+    }
+    expect(ids.size).toBe(3);
+  });
+
   it('deletes once and for all, and never what is published', async () => {
     const volume = await create();
     await publish(volume.volume_id, a.nodeId);
@@ -285,13 +295,14 @@ describe('the CSI controller', () => {
       await b.openVolume(fast, volume.volume_id.split('/')[1] ?? '', publish_context[PUBLISH_ID] ?? '');
       b.freeze();
       b.disconnect();
-      const first = unpublish(volume.volume_id, b.nodeId).catch((error: unknown) => error);
-      await waitFor('the call to be refused', () =>
+      const first = unpublish(volume.volume_id, b.nodeId);
+      const refused = await waitFor('the call to be refused', () =>
         publish(volume.volume_id, a.nodeId).then(
-          () => false,
-          (error: { code: string }) => error.code === 'OPERATION_PENDING',
+          () => undefined,
+          (error: { code: string }) => (error.code === 'OPERATION_PENDING' ? error : undefined),
         ),
       );
+      expect(refused).toEqual(code('OPERATION_PENDING', /under way/));
       b.kill();
       await first;
     });
@@ -325,7 +336,7 @@ describe('the CSI controller', () => {
   it('lists in pages that cover every volume once, with where each is published', async () => {
     const made = new Set<string>();
     for (let i = 0; i < 7; i++) made.add((await create({ name: `v${i}` })).volume_id);
-    const published = [...made][0] as string;
+    const [published = ''] = made;
     await publish(published, a.nodeId);
     const seen: string[] = [];
     let token = '';

@@ -121,6 +121,7 @@ export class FakeAgent {
 
   /** Opens the session and waits for the first Welcome. */
   async connect(): Promise<Welcome__Output> {
+    this.welcomed = undefined;
     const stream = this.client.Session();
     this.#stream = stream;
     const welcome = new Promise<Welcome__Output>((resolve, reject) => {
@@ -471,7 +472,7 @@ function wipe(disk: FakeDisk, order: NonNullable<Order__Output['wipe_volume']>):
   return {};
 }
 
-function readRecord(disk: FakeDisk, uuid: string): OrderResult['volume_record'] {
+function readRecord(disk: FakeDisk, uuid: string): NonNullable<OrderResult['volume_record']> {
   const record = disk.records.get(uuid);
   if (record === undefined) return { found: false };
   return {

@@ -15,6 +15,7 @@ import {
   requireHandle,
   type CallContext,
   type Logger,
+  type VolumeHandle,
 } from '@holdfast/common';
 import type { Csi, Known } from '@holdfast/proto';
 import { mountPath } from '../mount/mountinfo.ts';
@@ -46,6 +47,19 @@ function requirePath(path: string, name: string): void {
   if (!isAbsolute(path) || path.split('/').includes('..')) {
     throw new HoldfastError('INVALID_ARGUMENT', `${name} "${path}" is not an absolute path. Give one.`);
   }
+}
+
+/** For calls about a volume at a path: where no volume can be is NOT_FOUND, not a malformed request. */
+function requireVolumeAt(request: { volume_id: string; volume_path: string }): VolumeHandle {
+  requireField(request.volume_id, 'volume_id');
+  requireField(request.volume_path, 'volume_path');
+  if (!isAbsolute(request.volume_path)) {
+    throw new HoldfastError(
+      'NOT_FOUND',
+      `No volume is at "${request.volume_path}": volume_path has to be absolute.`,
+    );
+  }
+  return requireHandle(request.volume_id);
 }
 
 export class NodeService {
@@ -89,11 +103,12 @@ export class NodeService {
       'volume_id' | 'staging_target_path' | 'publish_context' | 'volume_context' | 'volume_capability'
     >,
   ): Promise<StageRequest> {
+    const capability = readCapability(request.volume_capability, 'FAILED_PRECONDITION');
     return {
       volumeId: request.volume_id,
       handle: requireHandle(request.volume_id),
       stagingPath: await mountPath(request.staging_target_path),
-      capability: readCapability(request.volume_capability, 'FAILED_PRECONDITION'),
+      capability,
       publishContext: request.publish_context,
       volumeContext: request.volume_context,
     };
@@ -166,9 +181,7 @@ export class NodeService {
     request: Csi.NodeGetVolumeStatsRequest__Output,
     context: CallContext,
   ): Promise<Csi.NodeGetVolumeStatsResponse> {
-    requireField(request.volume_id, 'volume_id');
-    requirePath(request.volume_path, 'volume_path');
-    const handle = requireHandle(request.volume_id);
+    const handle = requireVolumeAt(request);
     return volumeStats(this.#agent, this.#records, handle, await mountPath(request.volume_path), context);
   }
 
@@ -176,9 +189,7 @@ export class NodeService {
     request: Csi.NodeExpandVolumeRequest__Output,
     context: CallContext,
   ): Promise<Csi.NodeExpandVolumeResponse> {
-    requireField(request.volume_id, 'volume_id');
-    requirePath(request.volume_path, 'volume_path');
-    const handle = requireHandle(request.volume_id);
+    const handle = requireVolumeAt(request);
     if (request.volume_capability !== null) readCapability(request.volume_capability);
     const volumePath = await mountPath(request.volume_path);
     return this.#turn(request.volume_id, () =>

@@ -65,19 +65,36 @@ export function stillAhead(
   );
 }
 
-/** Slabs that a host's volumes have claimed. All or nothing; what is recorded already is passed over. */
-export function reportSlabs(d: Decision, poolUuid: string, life: HostLife, claims: readonly Claim[]): void {
+/**
+ * Slabs that a host's volumes have claimed, layer by layer: what is recorded already is passed over, and a layer whose claims do
+ * not fit is left as it is and named in the answer. The others are recorded: their next holder must know them.
+ */
+export function reportSlabs(
+  d: Decision,
+  poolUuid: string,
+  life: HostLife,
+  claims: readonly Claim[],
+): string[] {
   requireLife(d, poolUuid, life);
   const pool = requirePool(d, poolUuid);
+  const misfits: string[] = [];
   for (const [layerId, mine] of byLayer(claims)) {
     const fresh = mine.filter((claim) => !layerHas(d.tx, pool, layerId, claim.slab, claim.generation));
     if (fresh.length === 0) continue;
-    requireTop(d, pool, life, layerId);
-    if (!claimAhead(d.tx, pool, life, layerId, runsOf(fresh))) {
-      throw stale(`${life.nodeId} does not hold all of the slabs that it reports for layer ${layerId}`);
+    if (!isTop(d, pool, life, layerId)) misfits.push(notTop(pool, life, layerId));
+    else if (!claimAhead(d.tx, pool, life, layerId, runsOf(fresh))) {
+      misfits.push(`${life.nodeId} does not hold all of the slabs that it reports for layer ${layerId}`);
     }
   }
   tables.pool.put(d.tx, pool, pool.uuid);
+  auditMisfits(d, poolUuid, life, misfits);
+  return misfits;
+}
+
+function auditMisfits(d: Decision, poolUuid: string, life: HostLife, misfits: readonly string[]): void {
+  for (const detail of misfits) {
+    audit(d, 'misfit', { poolUuid, nodeId: life.nodeId, generation: life.generation, detail });
+  }
 }
 
 /** The same for what a connecting agent holds: what does not fit is left out and counted, for the log. */
@@ -99,16 +116,18 @@ export function reconcileClaims(
   return misfits;
 }
 
-/** The layer must be the writable top of a volume that this life holds, or was the last to hold. */
-function requireTop(d: Decision, pool: PoolRecord, life: HostLife, layerId: bigint): void {
+/** Whether the layer is the writable top of a volume that this life holds, or was the last to hold. */
+function isTop(d: Decision, pool: PoolRecord, life: HostLife, layerId: bigint): boolean {
   const layer = tables.layer.get(d.tx, pool.uuid, layerId);
   const volume = layer === undefined ? undefined : tables.volume.get(d.tx, layer.volumeUuid);
-  if (volume === undefined || volume.topLayerId !== layerId || !sameLife(volume.grant.holder, life)) {
-    throw stale(
-      `layer ${layerId} of pool ${pool.name} is not the top of a volume that ${life.nodeId} (generation ` +
-        `${life.generation}) holds`,
-    );
-  }
+  return volume !== undefined && volume.topLayerId === layerId && sameLife(volume.grant.holder, life);
+}
+
+function notTop(pool: PoolRecord, life: HostLife, layerId: bigint): string {
+  return (
+    `layer ${layerId} of pool ${pool.name} is not the top of a volume that ${life.nodeId} (generation ` +
+    `${life.generation}) holds`
+  );
 }
 
 function byLayer(claims: readonly Claim[]): Map<bigint, Claim[]> {
@@ -125,27 +144,33 @@ function runsOf(claims: readonly Claim[]): SlabRun[] {
   return normalized(claims.map(({ slab, generation }) => ({ first: slab, count: 1, generation })));
 }
 
-/** Slabs given back: unclaimed ones of the stock, and emptied ones of layers. All or nothing. */
+/**
+ * Slabs given back: unclaimed ones of the stock, and emptied ones of layers. Each part as a whole or not at all; those that do
+ * not fit are named in the answer.
+ */
 export function returnSlabs(
   d: Decision,
   poolUuid: string,
   life: HostLife,
   unclaimed: readonly SlabRun[],
   emptied: readonly Claim[],
-): void {
+): string[] {
   const host = requireLife(d, poolUuid, life);
   if (host.state === 'DEAD') throw stale(`generation ${life.generation} of ${life.nodeId} is dead`);
   const pool = requirePool(d, poolUuid);
+  const misfits: string[] = [];
   if (!returnAhead(d.tx, pool, life, unclaimed)) {
-    throw stale(`${life.nodeId} does not hold all of the slabs that it returns`);
+    misfits.push(`${life.nodeId} does not hold all of the slabs that it returns`);
   }
   for (const [layerId, mine] of byLayer(emptied)) {
-    requireTop(d, pool, life, layerId);
-    if (!freeFromLayer(d.tx, pool, layerId, runsOf(mine))) {
-      throw stale(`layer ${layerId} does not have all of the slabs that ${life.nodeId} returns as emptied`);
+    if (!isTop(d, pool, life, layerId)) misfits.push(notTop(pool, life, layerId));
+    else if (!freeFromLayer(d.tx, pool, layerId, runsOf(mine))) {
+      misfits.push(`layer ${layerId} does not have all of the slabs that ${life.nodeId} returns as emptied`);
     }
   }
   tables.pool.put(d.tx, pool, pool.uuid);
+  auditMisfits(d, poolUuid, life, misfits);
+  return misfits;
 }
 
 export interface SlabReading {

@@ -60,27 +60,25 @@ const pairs = states.flatMap((state) =>
   Object.values(events).map((event) => ({ state, event, name: `${state} ${event.type}` })),
 );
 
+/** What must come out. Whatever frees a grant leaves its proof, and keeps the epoch and the last holder. */
+function wantedOutcome(name: string): object {
+  const wanted = table[name];
+  if (wanted === undefined) return { type: 'stale' };
+  if (wanted === 'same') return { type: 'same' };
+  if (wanted !== 'FREE') return { type: 'changed', next: { state: wanted } };
+  return {
+    type: 'changed',
+    next: { state: 'FREE', epoch, holder },
+    audit: { proof: expect.stringMatching(/./) },
+  };
+}
+
 describe('every pair of state and event', () => {
   it.each(pairs)('$name', ({ state, event, name }) => {
     const before = grantIn(state);
     const copy = structuredClone(before);
-    const outcome = stepGrant(before, event);
+    expect(stepGrant(before, event)).toMatchObject(wantedOutcome(name));
     expect(before).toEqual(copy); // the machine itself changes nothing
-    const wanted = table[name];
-    if (wanted === undefined) {
-      expect(outcome).toMatchObject({ type: 'stale' });
-      return;
-    }
-    if (wanted === 'same') {
-      expect(outcome).toEqual({ type: 'same' });
-      return;
-    }
-    expect(outcome).toMatchObject({ type: 'changed', next: { state: wanted } });
-    // Whatever frees a grant leaves its proof, and keeps the epoch and the last holder.
-    if (outcome.type === 'changed' && wanted === 'FREE') {
-      expect(outcome.audit.proof).not.toBe('');
-      expect(outcome.next).toMatchObject({ epoch, holder });
-    }
   });
 });
 

@@ -58,6 +58,8 @@ export type HostOutcome =
       audit: string;
       alarm?: string;
     }
+  /** A repeat: the same reply, nothing changes. */
+  | { type: 'same' }
   | { type: 'stale'; why: string };
 
 export function stepHost(host: HostRecord | undefined, event: HostEvent, setting: HostSetting): HostOutcome {
@@ -154,6 +156,10 @@ function join(
     };
   }
   const proof = deathByJoin(host, event);
+  // Nothing was ever granted to a life that is not ready, so a process that died before it may simply join again as the
+  // same one; if the other process lives, only one of the two gets the lock.
+  if (proof === undefined && host.state === 'JOINING' && host.lockPath === event.lockPath)
+    return { type: 'same' };
   if (proof === undefined) {
     return {
       type: 'stale',

@@ -29,7 +29,7 @@ export function applyHost(d: Decision, pool: PoolRecord, hostId: number, event: 
     fencing: pool.fencing,
     nowUnixMs: d.nowUnixMs,
   });
-  if (outcome.type === 'stale') return outcome;
+  if (outcome.type !== 'changed') return outcome;
   if (outcome.died !== undefined) bury(d, pool, hostId, outcome.died);
   tables.host.put(d.tx, outcome.next, pool.uuid, hostId);
   if (outcome.audit !== 'dead') {
@@ -71,7 +71,9 @@ export function joinPool(d: Decision, request: JoinRequest): HostRecord {
     if (value === '')
       throw new HoldfastError('INVALID_ARGUMENT', `JoinPool needs ${name}: it identifies the machine.`);
   }
-  const outcome = applyHost(d, pool, slotFor(d, pool, request.nodeId), { type: 'join', ...request });
+  const hostId = slotFor(d, pool, request.nodeId);
+  const outcome = applyHost(d, pool, hostId, { type: 'join', ...request });
+  if (outcome.type === 'same') return requireHost(d, pool, hostId);
   if (outcome.type === 'stale') {
     throw new HoldfastError(
       'FAILED_PRECONDITION',
@@ -79,6 +81,13 @@ export function joinPool(d: Decision, request: JoinRequest): HostRecord {
     );
   }
   return outcome.next;
+}
+
+function requireHost(d: Decision, pool: PoolRecord, hostId: number): HostRecord {
+  const host = tables.host.get(d.tx, pool.uuid, hostId);
+  if (host === undefined)
+    throw new HoldfastError('INTERNAL', `Host ${hostId} of pool ${pool.name} is missing.`);
+  return host;
 }
 
 function slotFor(d: Decision, pool: PoolRecord, nodeId: string): number {

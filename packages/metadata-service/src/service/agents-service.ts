@@ -114,28 +114,28 @@ export class AgentsApi {
       }),
       ReportSlabs: unary(log, 'ReportSlabs', async (request) => {
         const { poolUuid, life } = lifeOfRef(request.host);
-        await this.#core.decide((d) =>
-          once(d, 'ReportSlabs', request, () => {
-            reportSlabs(d, poolUuid, life, request.claimed.map(claimFromWire));
-            return null;
-          }),
+        const { answer } = await this.#core.decide((d) =>
+          once(d, 'ReportSlabs', request, () =>
+            reportSlabs(d, poolUuid, life, request.claimed.map(claimFromWire)),
+          ),
         );
+        refuseMisfits(answer);
         return {};
       }),
       ReturnSlabs: unary(log, 'ReturnSlabs', async (request) => {
         const { poolUuid, life } = lifeOfRef(request.host);
-        await this.#core.decide((d) =>
-          once(d, 'ReturnSlabs', request, () => {
+        const { answer } = await this.#core.decide((d) =>
+          once(d, 'ReturnSlabs', request, () =>
             returnSlabs(
               d,
               poolUuid,
               life,
               request.unclaimed.map(runFromWire),
               request.emptied.map(claimFromWire),
-            );
-            return null;
-          }),
+            ),
+          ),
         );
+        refuseMisfits(answer);
         return {};
       }),
     };
@@ -401,4 +401,10 @@ export class AgentsApi {
       }),
     );
   }
+}
+
+/** What fitted is recorded; the agent is told what did not. */
+function refuseMisfits(misfits: readonly string[]): void {
+  if (misfits.length === 0) return;
+  throw new HoldfastError('STALE', `Stale, this part of the report was not recorded: ${misfits.join('; ')}.`);
 }

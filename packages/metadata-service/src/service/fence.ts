@@ -14,8 +14,9 @@ import { OrderFailed, type Sessions } from './sessions.ts';
 
 const orderTimeoutMs = 8000;
 const lockPollMs = 200;
-/** While no agent can be asked. */
+/** While no agent can be asked; when another one can. */
 const idleMs = 1000;
+const nextFencerMs = 50;
 
 export class FenceOperation {
   readonly #core: Core;
@@ -57,7 +58,10 @@ export class FenceOperation {
       } catch (error) {
         if (!(error instanceof OrderFailed)) throw error;
         this.#say(`${error.message} It is tried again.`);
-        pauseMs = idleMs;
+        const untried = liveHosts(this.#core, this.#sessions, this.#poolUuid, host.nodeId).some(
+          (live) => !this.#failed.has(live.nodeId),
+        );
+        pauseMs = host.state === 'FENCING' && untried ? nextFencerMs : idleMs;
       }
       if (pauseMs > 0) await this.#pause(pauseMs, host);
     }
