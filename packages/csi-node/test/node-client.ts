@@ -84,6 +84,11 @@ export class NodeClient {
       capacity_range: { required_bytes: String(requiredBytes), limit_bytes: String(limitBytes) },
     });
   }
+  waitUntilServed(): Promise<void> {
+    return new Promise((resolve, reject) =>
+      this.#node.waitForReady(Date.now() + 20_000, (error) => (error ? reject(error) : resolve())),
+    );
+  }
   info() {
     return call<Csi.NodeGetInfoResponse__Output>(this.#node, this.#node.NodeGetInfo, {});
   }

@@ -1,9 +1,12 @@
 /** Starts the node plugin: Identity and Node on one socket. For main.ts and for embedding. */
+import { rm } from 'node:fs/promises';
+import { join } from 'node:path';
 import { createLogger, identityHandlers, readyOnce, serve, type Logger } from '@holdfast/common';
 import { csi } from '@holdfast/proto';
 import { noStep, type Step } from '../mount/step.ts';
 import { AgentApi } from './agent-client.ts';
 import { NodeService } from './node.ts';
+import { MKFS_DIR } from './staging.ts';
 
 export interface CsiNodeOptions {
   /** `unix:/path/csi.sock` */
@@ -41,6 +44,8 @@ export async function startCsiNode(options: CsiNodeOptions): Promise<RunningCsiN
       );
       grpc.addService(csi.Node.service, node.handlers());
     });
+    // The socket is ours, so no other process is making a file system here: what is left is a killed one's.
+    await rm(join(options.stateDir, MKFS_DIR), { recursive: true, force: true });
     logger.info({ endpoint: server.address, agent: options.agent }, 'CSI node plugin serves');
     return {
       address: server.address,

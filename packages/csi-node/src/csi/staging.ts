@@ -52,6 +52,9 @@ export interface StagingOptions {
   readonly step: Step;
 }
 
+/** Below the state directory: images of file systems that are being made. */
+export const MKFS_DIR = 'mkfs';
+
 /** Sizes grow in steps of a MiB; what mkfs leaves unused at the end is less. */
 const GROW_FROM = 1n << 20n;
 
@@ -349,7 +352,7 @@ export class Staging {
         fsType: wanted,
         mkfsOptions: readMkfsOptions(options),
         volumeId: request.volumeId,
-        workDir: join(stateDir, 'mkfs'),
+        workDir: join(stateDir, MKFS_DIR),
         step,
       },
       content.kind === 'half-formatted',
