@@ -103,17 +103,17 @@ class RunningAgent implements Agent {
 
   constructor(options: AgentOptions) {
     this.#options = options;
-    this.#logger = options.logger;
+    this.#logger = options.logger.child({ node: options.identity.nodeId });
     this.#service = new MetadataConnection({
       address: options.metadata,
-      logger: options.logger,
+      logger: this.#logger,
       ...(options.channelCredentials === undefined ? {} : { channelCredentials: options.channelCredentials }),
     });
-    this.#scanner = new DeviceScanner(options.devices, options.native, options.logger);
+    this.#scanner = new DeviceScanner(options.devices, options.native, this.#logger);
     this.#volumes = new Volumes({
       service: this.#service,
       returns: new PendingReturns(join(options.stateDir, 'pending-returns.json')),
-      logger: options.logger,
+      logger: this.#logger,
       maxVolumes: options.maxVolumes,
       nodeId: options.identity.nodeId,
       onFreed: () => this.#reconcilePools(),
@@ -123,7 +123,7 @@ class RunningAgent implements Agent {
       pool: (uuid) => this.#pools.get(uuid),
       device: (uuid) => this.#pools.get(uuid)?.found?.devicePath ?? this.#seen.get(uuid)?.devicePath,
       volumes: this.#volumes,
-      logger: options.logger,
+      logger: this.#logger,
     });
   }
 
@@ -164,7 +164,7 @@ class RunningAgent implements Agent {
       disconnected: () => this.#logger.warn('The session with the metadata service ended'),
     });
     this.#ticker = setInterval(() => this.#tick(), tickMs);
-    this.#logger.info({ node: this.nodeId, socket: this.#options.socket }, 'The agent is up');
+    this.#logger.info({ socket: this.#options.socket }, 'The agent is up');
   }
 
   // ------------------------------------------------------------------------------------------ pools

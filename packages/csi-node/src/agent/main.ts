@@ -75,7 +75,7 @@ const command = new Command('holdfast-agent')
 
 async function main(): Promise<void> {
   const flags = command.parse().opts<Flags>();
-  const logger = createLogger('agent', { node: flags.nodeName });
+  const logger = createLogger('agent');
   process.on('uncaughtException', (error) => {
     logger.fatal({ err: error }, 'The agent stops; the next one takes its volumes over');
     process.exit(1);
