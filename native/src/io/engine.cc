@@ -79,7 +79,9 @@ void Engine::check_keeper() {
 std::vector<std::shared_ptr<EnginePool>> Engine::pools() const {
   std::lock_guard lock(pools_mutex_);
   std::vector<std::shared_ptr<EnginePool>> pools;
-  for (const auto& [uuid, pool] : pools_) pools.push_back(pool);
+  for (const auto& [uuid, pool] : pools_) {
+    if (pool != nullptr) pools.push_back(pool);  // null: its name is taken, it is being opened
+  }
   return pools;
 }
 
