@@ -30,7 +30,7 @@ const patternAt = 256 << 20;
 const recordsBeforeKill = 200;
 
 /** Steps of `liveThrough` for so many kills. */
-export const stepCount = (kills: number): number => 9 + kills * 3 + (kills - 1);
+export const stepCount = (kills: number): number => 10 + kills * 3 + (kills - 1);
 
 export interface Outcome {
   kills: number;

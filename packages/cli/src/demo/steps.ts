@@ -21,7 +21,7 @@ export class Steps {
     const line = (mark: string, detail: string): void => {
       const time = `${((performance.now() - started) / 1000).toFixed(2)} s`.padStart(8);
       if (tty) process.stdout.write('\r\x1b[K');
-      console.log(`${mark} ${head.padEnd(56)} ${time}  ${dim(detail)}`.trimEnd());
+      console.log(`${mark} ${head.padEnd(60)} ${time}  ${dim(detail)}`.trimEnd());
     };
     try {
       line(green('✓'), await body());
