@@ -234,6 +234,7 @@ export class FakeAgent {
       boot_id: this.bootId,
       lock_path: this.lockPath,
       previous_io_dead: previousIoDead,
+      session_id: this.welcomed?.session_id ?? '',
     });
     if (!host) throw new Error('JoinPool answered without a host');
     this.hosts.set(disk.uuid, host);

@@ -89,6 +89,7 @@ class RunningAgent implements Agent {
   readonly #early: EngineEvent[] = [];
   #seen = new Map<string, FoundPool>();
   #accepted = new Set<string>();
+  #sessionId = '';
   readonly #joining = new Set<string>();
   readonly #joinBackoff = new Map<string, { backoff: Backoff; notBefore: number; message: string }>();
   readonly #leaving = new Set<string>();
@@ -271,6 +272,7 @@ class RunningAgent implements Agent {
         boot_id: identity.bootId,
         lock_path: lockPath,
         previous_io_dead: await this.#previousIoDead(lockPath),
+        session_id: this.#sessionId,
       });
       if (!host) throw new HoldfastError('INTERNAL', 'JoinPool answered without a host');
       const opened = await this.#engine.openPool({
@@ -396,6 +398,7 @@ class RunningAgent implements Agent {
       term: BigInt(welcome.term),
     });
     this.#accepted = new Set(welcome.accepted_pools);
+    this.#sessionId = welcome.session_id;
     if (this.#service.connected) return; // a later Welcome only tells of newly accepted pools
     const kept = new Map(welcome.stock.map((stock) => [stock.pool_uuid, stock.runs.map(runFromWire)]));
     for (const pool of this.#pools.values()) {

@@ -71,6 +71,12 @@ export function joinPool(d: Decision, request: JoinRequest): HostRecord {
     if (value === '')
       throw new HoldfastError('INVALID_ARGUMENT', `JoinPool needs ${name}: it identifies the machine.`);
   }
+  const node = tables.node.get(d.tx, request.nodeId);
+  if (node !== undefined && (node.bootId !== request.bootId || node.machineId !== request.machineId)) {
+    throw stale(
+      `the join is from boot ${request.bootId}, ${request.nodeId} was last seen under ${node.bootId}`,
+    );
+  }
   const hostId = slotFor(d, pool, request.nodeId);
   const outcome = applyHost(d, pool, hostId, { type: 'join', ...request });
   if (outcome.type === 'same') return requireHost(d, pool, hostId);

@@ -58,6 +58,8 @@ export type NodeRecord = {
   version: string;
   maxVolumes: number;
   lastSeenUnixMs: number;
+  /** Boots of before, the newest last: boot ids have no order, so a late message is known by being of one of these. */
+  pastBootIds: string[];
 };
 
 /** One life of a node on a pool. */

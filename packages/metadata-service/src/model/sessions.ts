@@ -1,6 +1,6 @@
 /** What a connecting agent says it is and holds, set against what is on record. */
 import { reconcileClaims, type Claim } from './allocation.ts';
-import { audit, type Decision } from './decision.ts';
+import { audit, stale, type Decision } from './decision.ts';
 import { sameLife } from './grant.ts';
 import { applyGrant } from './grants.ts';
 import { applyHost } from './hosts.ts';
@@ -8,10 +8,18 @@ import { tables, type HostLife, type NodeRecord, type SlabRun } from './records.
 import { common, normalized } from './runs.ts';
 import { aheadOf } from './slabs.ts';
 
+const rememberedBoots = 32;
+
 /** A node is here. Its machine under a new boot id is proof that its older lives are dead. */
 export function seeNode(d: Decision, node: NodeRecord): void {
   const before = tables.node.get(d.tx, node.nodeId);
-  tables.node.put(d.tx, node, node.nodeId);
+  const past = before?.pastBootIds ?? [];
+  if (past.includes(node.bootId)) {
+    throw stale(`${node.nodeId} says hello from boot ${node.bootId}, but was seen under a later one`);
+  }
+  const newBoot = before !== undefined && before.bootId !== node.bootId;
+  const pastBootIds = newBoot ? [...past, before.bootId].slice(-rememberedBoots) : past;
+  tables.node.put(d.tx, { ...node, pastBootIds }, node.nodeId);
   if (before === undefined)
     audit(d, 'node-seen', { nodeId: node.nodeId, detail: `machine ${node.machineId}` });
   for (const pool of tables.pool.list(d.tx)) {

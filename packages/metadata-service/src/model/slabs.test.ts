@@ -19,7 +19,7 @@ import {
   slabsOf,
   takeAhead,
 } from './slabs.ts';
-import { random } from '../../test/random.ts';
+import { random } from '../../test/simulation/random.ts';
 
 const host = { hostId: 1, generation: 1n, nodeId: 'n' };
 

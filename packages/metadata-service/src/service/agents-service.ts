@@ -14,7 +14,7 @@ import type {
 import type { ServerDuplexStream } from '@grpc/grpc-js';
 import { allocateSlabs, reportSlabs, returnSlabs, stillAhead } from '../model/allocation.ts';
 import { once } from '../model/answers.ts';
-import { audit } from '../model/decision.ts';
+import { audit, stale } from '../model/decision.ts';
 import { OrphansPending, stageVolume, volumeOpened, volumeReturned } from '../model/grants.ts';
 import { applyHost, joinPool, poolReady } from '../model/hosts.ts';
 import { seePool, type PoolSighting } from '../model/pools.ts';
@@ -52,7 +52,7 @@ export class AgentsApi {
     return {
       Session: (stream) => this.#session(stream),
       JoinPool: unary(log, 'JoinPool', async (request) => {
-        this.#requireAccepted(request.node_id, request.pool_uuid);
+        this.#requireSession(request);
         const { answer } = await this.#core.decide((d) =>
           once(d, 'JoinPool', request, () =>
             refOf(
@@ -141,16 +141,27 @@ export class AgentsApi {
     };
   }
 
-  /** Only a device that this node was seen to have, and that is no copy, may be joined. */
-  #requireAccepted(nodeId: string, poolUuid: string): void {
-    const session = this.#sessions.get(nodeId);
-    if (session?.pools.has(poolUuid)) return;
-    throw new HoldfastError(
-      'UNAVAILABLE',
-      session === undefined
-        ? `The agent of ${nodeId} has no session. Open one first, then repeat the call.`
-        : `Node ${nodeId} has not reported pool ${poolUuid}, or its device was refused. Wait until Welcome names the pool.`,
-    );
+  /** Only the node's newest session may join, and only a device that it was seen to have and that is no copy. */
+  #requireSession(request: { node_id: string; pool_uuid: string; session_id: string }): void {
+    const session = this.#sessions.get(request.node_id);
+    if (session === undefined) {
+      throw new HoldfastError(
+        'UNAVAILABLE',
+        `The agent of ${request.node_id} has no session. Open one first, then repeat the call.`,
+      );
+    }
+    if (session.id !== request.session_id) {
+      throw stale(
+        `the join belongs to session ${request.session_id || '(none)'} of ${request.node_id}, which is over`,
+      );
+    }
+    if (!session.pools.has(request.pool_uuid)) {
+      throw new HoldfastError(
+        'UNAVAILABLE',
+        `Node ${request.node_id} has not reported pool ${request.pool_uuid}, or its device was refused. Wait until ` +
+          'Welcome names the pool.',
+      );
+    }
   }
 
   async #stageVolume(request: StageVolumeRequest__Output, context: CallContext): Promise<Grant> {
@@ -291,6 +302,7 @@ export class AgentsApi {
         version: hello.version,
         maxVolumes: hello.max_volumes,
         lastSeenUnixMs: d.nowUnixMs,
+        pastBootIds: [],
       });
       return hello.holding.map((held) => {
         const { poolUuid, life } = lifeOfRef(held.host);

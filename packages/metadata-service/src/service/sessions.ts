@@ -30,6 +30,7 @@ interface Pending {
 }
 
 export class Session {
+  readonly id: string;
   readonly nodeId: string;
   readonly link: AgentLink;
   readonly sinceUnixMs: number;
@@ -40,7 +41,8 @@ export class Session {
   #acceptedSent = '';
   #welcomed = false;
 
-  constructor(nodeId: string, link: AgentLink, nowUnixMs: number) {
+  constructor(id: string, nodeId: string, link: AgentLink, nowUnixMs: number) {
+    this.id = id;
     this.nodeId = nodeId;
     this.link = link;
     this.sinceUnixMs = nowUnixMs;
@@ -60,6 +62,7 @@ export class Session {
         term: core.service.term.toString(),
         accepted_pools: accepted,
         stock: stock ?? [],
+        session_id: this.id,
       },
     });
   }
@@ -92,7 +95,7 @@ export class Sessions {
       this.detach(older);
       older.link.end('Another session of this node took its place.');
     }
-    const session = new Session(nodeId, link, this.#core.clock.unixMs());
+    const session = new Session(this.#core.newId(), nodeId, link, this.#core.clock.unixMs());
     this.#sessions.set(nodeId, session);
     this.#core.changed();
     return session;

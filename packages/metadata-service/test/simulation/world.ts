@@ -1,0 +1,786 @@
+/**
+ * A cluster in virtual time: the real metadata service (store, decisions, operations, handlers) without its sockets, and nodes
+ * whose engines, disks and networks are simulated. Messages are delayed, reordered, duplicated and lost; engines are killed, frozen
+ * and taken over, machines rebooted, the service restarted. The truth about who can write is here, so that it can be held
+ * against what the service decides.
+ */
+import { EventEmitter } from 'node:events';
+import { Metadata, type ServerDuplexStream, type handleUnaryCall } from '@grpc/grpc-js';
+import { createLogger, fromServiceError, HoldfastError, type Logger } from '@holdfast/common';
+import type { AgentMessage__Output, Grant, HostRef, Order, OrderResult, ServiceMessage } from '@holdfast/proto';
+import { AgentsApi } from '../../src/service/agents-service.ts';
+import { Core } from '../../src/service/core.ts';
+import { MetadataApi } from '../../src/service/metadata-service.ts';
+import { Operations } from '../../src/service/operations.ts';
+import { Sessions } from '../../src/service/sessions.ts';
+import { MemoryStore } from '../../src/store/memory.ts';
+import { VirtualClock } from './clock.ts';
+import { random, type Random } from './random.ts';
+
+export const leaseMs = 10_000;
+export const renewMs = 2000;
+export const drainMs = 1000;
+export const slabCount = 256;
+export const poolUuid = '00000000-0000-4000-8000-00000000000a';
+
+export type SimClass = 'FENCING_CLASS_LOOP' | 'FENCING_CLASS_LEASE_ONLY';
+
+interface Page {
+  layerId: bigint;
+  generation: bigint;
+}
+
+export class SimDisk {
+  authority = { store_id: '', incarnation: '0', term: '0' };
+  readonly heartbeats = new Map<number, { state: string; generation: bigint; sequence: bigint }>();
+  readonly fenced = new Set<string>();
+  readonly records = new Map<string, { epoch: bigint; state: string }>();
+  readonly pages = new Map<number, Page>();
+  /** Who holds a lock path: engines whose process or I/O lives. */
+  readonly locks = new Map<string, Engine>();
+}
+
+/** An open volume inside an engine. */
+export interface OpenVolume {
+  uuid: string;
+  volumeId: string;
+  epoch: bigint;
+  layerId: bigint;
+  open: boolean;
+  inFlight: number;
+  unreported: { slab: number; generation: bigint }[];
+}
+
+/** One engine process under one generation. */
+export class Engine {
+  alive = true;
+  frozen = false;
+  /** It found its fence page: nothing is issued any more. */
+  stopped = false;
+  leaseUntilMs = 0;
+  inFlight = 0;
+  readonly volumes = new Map<string, OpenVolume>();
+  readonly stock: { slab: number; generation: bigint }[] = [];
+  readonly node: SimNode;
+  readonly host: Required<Pick<HostRef, 'host_id'>> & HostRef;
+  constructor(node: SimNode, host: HostRef) {
+    this.node = node;
+    this.host = { ...host, host_id: host.host_id ?? 0 };
+  }
+  get generation(): bigint {
+    return BigInt(String(this.host.generation));
+  }
+  canSubmit(nowMs: number): boolean {
+    return this.alive && !this.frozen && !this.stopped && nowMs < this.leaseUntilMs;
+  }
+}
+
+export class World {
+  readonly rng: Random;
+  readonly clock = new VirtualClock();
+  readonly store = new MemoryStore();
+  readonly disk = new SimDisk();
+  readonly nodes: SimNode[] = [];
+  readonly fencing: SimClass;
+  readonly logger: Logger;
+  /** Faults happen. */
+  stormy = true;
+  writes = 0;
+  readonly violations: string[] = [];
+  core: Core | undefined;
+  #handlers: Record<string, handleUnaryCall<object, object>> = {};
+  #session: ((stream: ServerDuplexStream<AgentMessage__Output, ServiceMessage>) => void) | undefined;
+  #operations: Operations | undefined;
+  readonly streams = new Set<SimStream>();
+  #ids = 0;
+
+  constructor(seed: number, nodes: number, fencing: SimClass) {
+    this.rng = random(seed);
+    this.fencing = fencing;
+    this.logger = createLogger('simulation');
+    this.logger.level = process.env['HOLDFAST_LOG_LEVEL'] ?? 'silent';
+    for (let n = 1; n <= nodes; n++) this.nodes.push(new SimNode(this, `node-${n}`));
+  }
+
+  id(): string {
+    return `00000000-0000-4000-9000-${(++this.#ids).toString(16).padStart(12, '0')}`;
+  }
+
+  violated(what: string): void {
+    this.violations.push(`${Math.round(this.clock.monotonicMs())} ms: ${what}`);
+  }
+
+  async startService(): Promise<void> {
+    const core = await Core.open(this.store, { clock: this.clock, logger: this.logger, newId: () => this.id() });
+    const sessions = new Sessions(core);
+    const operations = new Operations(core, sessions);
+    const agents = new AgentsApi(core, sessions).handlers();
+    this.#session = agents.Session as typeof this.#session;
+    this.#handlers = { ...new MetadataApi(core, sessions, operations).handlers(), ...agents } as never;
+    operations.start();
+    this.core = core;
+    this.#operations = operations;
+  }
+
+  async stopService(): Promise<void> {
+    const core = this.core;
+    this.core = undefined;
+    core?.stopped.abort();
+    for (const stream of this.streams) stream.cut();
+    await this.#operations?.stop();
+  }
+
+  /** A message's way through the network. */
+  latencyMs(): number {
+    return this.rng.chance(this.stormy ? 0.03 : 0) ? this.rng.below(8000) : 1 + this.rng.below(20);
+  }
+
+  /** One attempt of a unary call. Requests and answers may be lost, and requests arrive twice. */
+  rpc<T>(method: string, request: object, timeoutMs = 5000): Promise<T> {
+    return new Promise((resolve, reject) => {
+      const lost = (p: number): boolean => this.stormy && this.rng.chance(p);
+      const late = this.clock.after(timeoutMs, () =>
+        reject(new HoldfastError('DEADLINE_EXCEEDED', `${method} got no answer`)),
+      );
+      const deliver = (answered: boolean): void => {
+        const handler = this.#handlers[method];
+        if (this.core === undefined || handler === undefined) {
+          if (answered) reject(new HoldfastError('UNAVAILABLE', 'the service is away'));
+          return;
+        }
+        const call = Object.assign(new EventEmitter(), {
+          request: complete(method, request),
+          metadata: new Metadata(),
+          getDeadline: () => Date.now() + timeoutMs,
+        });
+        const cancel = this.clock.after(timeoutMs, () => call.emit('cancelled'));
+        handler(call as never, (error, value) => {
+          cancel();
+          if (!answered || lost(0.02)) return;
+          this.clock.after(this.latencyMs(), () => {
+            late();
+            if (error) reject(thrown(error));
+            else resolve(value as T);
+          });
+        });
+      };
+      if (!lost(0.02)) this.clock.after(this.latencyMs(), () => deliver(true));
+      if (lost(0.05)) this.clock.after(this.latencyMs() + this.rng.below(20_000), () => deliver(false));
+    });
+  }
+
+  /** Under one request id until there is an answer that repeating does not change. */
+  async repeated<T>(method: string, request: object, alive: () => boolean = () => true): Promise<T> {
+    const named = { ...request, request_id: this.id() };
+    for (;;) {
+      try {
+        return await this.rpc<T>(method, named);
+      } catch (error) {
+        const code = error instanceof HoldfastError ? error.code : '';
+        if (!['UNAVAILABLE', 'DEADLINE_EXCEEDED', 'OPERATION_PENDING'].includes(code) || !alive()) throw error;
+        await this.clock.sleep(100 + this.rng.below(400));
+      }
+    }
+  }
+
+  openStream(onMessage: (message: ServiceMessage) => void, onEnd: () => void): SimStream | undefined {
+    if (this.core === undefined || this.#session === undefined) return undefined;
+    const stream = new SimStream(this, onMessage, onEnd);
+    this.streams.add(stream);
+    this.#session(stream.serverSide as never);
+    return stream;
+  }
+}
+
+function thrown(error: unknown): Error {
+  const status = error as { code: number; details: string; metadata?: Metadata };
+  const shaped = Object.assign(new Error(status.details), { ...status, metadata: status.metadata ?? new Metadata() });
+  return fromServiceError(shaped) as Error;
+}
+
+/** Every field present, as the wire gives it. */
+function complete(method: string, request: object): object {
+  const defaults: Record<string, object> = {
+    CreateVolume: { pool_uuids: [], limit_bytes: '0', parameters: {} },
+    PublishVolume: { read_only: false, volume_context: {} },
+    GetVolume: { name: '', volume_context: {} },
+    StageVolume: { read_only: false },
+    ReturnVolume: { claimed: [] },
+    ReturnSlabs: { unclaimed: [], emptied: [] },
+    FenceNode: { pool_uuid: '', reason: '', no_wait: true },
+  };
+  return structuredClone({ request_id: '', ...defaults[method], ...request });
+}
+
+/** The session stream of one agent: messages keep their order, each way. */
+export class SimStream {
+  readonly serverSide = new EventEmitter() as EventEmitter & { write(message: ServiceMessage): void; end(): void };
+  readonly #world: World;
+  #over = false;
+  readonly #onEnd: () => void;
+  #lastDown = 0;
+  #lastUp = 0;
+
+  constructor(world: World, onMessage: (message: ServiceMessage) => void, onEnd: () => void) {
+    this.#world = world;
+    this.#onEnd = onEnd;
+    this.serverSide.write = (message) => {
+      this.#lastDown = Math.max(this.#lastDown, world.clock.monotonicMs() + world.latencyMs());
+      world.clock.after(this.#lastDown - world.clock.monotonicMs(), () => {
+        if (!this.#over) onMessage(structuredClone(message));
+      });
+    };
+    this.serverSide.end = () => this.cut();
+    this.serverSide.on('error', () => this.cut());
+  }
+
+  send(message: object): void {
+    const { clock } = this.#world;
+    this.#lastUp = Math.max(this.#lastUp, clock.monotonicMs() + this.#world.latencyMs());
+    const copy = structuredClone(message);
+    clock.after(this.#lastUp - clock.monotonicMs(), () => {
+      if (!this.#over) this.serverSide.emit('data', copy);
+    });
+  }
+
+  cut(): void {
+    if (this.#over) return;
+    this.#over = true;
+    this.#world.streams.delete(this);
+    this.serverSide.emit('close');
+    this.#onEnd();
+  }
+}
+
+interface PendingReturn {
+  host: HostRef;
+  uuid: string;
+  epoch: bigint;
+  claimed: object[];
+}
+
+/** A machine with its agent. */
+export class SimNode {
+  readonly world: World;
+  readonly nodeId: string;
+  readonly machineId: string;
+  readonly lockPath: string;
+  boots = 1;
+  engine: Engine | undefined;
+  stream: SimStream | undefined;
+  accepted = false;
+  sessionId = '';
+  /** What the kubelet wants here: publish ids by volume. */
+  readonly wanted = new Map<string, string>();
+  readonly #revoked = new Map<string, bigint>();
+  readonly #returns: PendingReturn[] = [];
+  #busy = new Set<string>();
+  #seenSent = '';
+
+  constructor(world: World, nodeId: string) {
+    this.world = world;
+    this.nodeId = nodeId;
+    this.machineId = `machine-of-${nodeId}`;
+    this.lockPath = `/run/${nodeId}`;
+  }
+
+  get #up(): boolean {
+    return this.engine === undefined || !this.engine.frozen;
+  }
+
+  /** The agent's own pulse: connect, join, open, close, report. */
+  start(): void {
+    const pulse = (): void => {
+      this.world.clock.after(50 + this.world.rng.below(100), pulse);
+      if (!this.#up) return;
+      if (this.stream === undefined) this.#connect();
+      else this.#work();
+    };
+    pulse();
+  }
+
+  #connect(): void {
+    const engine = this.engine;
+    const stream = this.world.openStream(
+      (message) => this.#onMessage(message),
+      () => {
+        if (this.stream === stream) this.stream = undefined;
+      },
+    );
+    if (stream === undefined) return;
+    this.stream = stream;
+    this.accepted = false;
+    this.#seenSent = '';
+    stream.send({
+      hello: {
+        node_id: this.nodeId,
+        name: this.nodeId,
+        machine_id: this.machineId,
+        boot_id: `boot-${this.boots}-of-${this.nodeId}`,
+        version: 'sim',
+        max_volumes: 0,
+        holding:
+          engine === undefined || !engine.alive || engine.stopped
+            ? []
+            : [
+                {
+                  host: engine.host,
+                  volumes: [...engine.volumes.values()]
+                    .filter((volume) => volume.open)
+                    .map((volume) => ({
+                      volume_uuid: volume.uuid,
+                      epoch: volume.epoch.toString(),
+                      claimed: this.#claimsOf(volume),
+                    })),
+                  stock: engine.stock.map(({ slab, generation }) => ({
+                    first: String(slab),
+                    count: 1,
+                    generation: generation.toString(),
+                  })),
+                },
+              ],
+      },
+    });
+    this.#sendSeen();
+  }
+
+  #sendSeen(): void {
+    const seen = JSON.stringify(this.world.disk.authority);
+    if (seen === this.#seenSent) return;
+    this.#seenSent = seen;
+    this.stream?.send({
+      pools_seen: {
+        pools: [
+          {
+            uuid: poolUuid,
+            name: 'pool',
+            wwid: 'w',
+            device_path: '/dev/sim',
+            fencing: this.world.fencing,
+            slab_size: String(16 << 20),
+            slab_count: String(slabCount),
+            volume_slots: 32,
+            layer_slots: 32,
+            host_slots: 8,
+            renew_interval_ms: renewMs,
+            lease_ms: leaseMs,
+            drain_ms: drainMs,
+            authority: { ...this.world.disk.authority },
+          },
+        ],
+      },
+    });
+  }
+
+  #claimsOf(volume: OpenVolume): object[] {
+    return [...this.world.disk.pages]
+      .filter(([, page]) => page.layerId === volume.layerId)
+      .map(([slab, page]) => claim(volume, slab, page.generation));
+  }
+
+  #onMessage(message: ServiceMessage): void {
+    if (message.welcome) {
+      this.accepted = (message.welcome.accepted_pools ?? []).includes(poolUuid);
+      this.sessionId = message.welcome.session_id ?? '';
+    }
+    const { order } = message;
+    if (!order || this.engine?.frozen) return; // a frozen agent answers nothing, ever
+    const stream = this.stream;
+    void this.#carryOut(order).then((result) => {
+      if (this.engine?.frozen !== true) stream?.send({ order_result: { ...emptyResult, ...result, order_id: order.order_id } });
+    });
+  }
+
+  #work(): void {
+    this.#sendSeen();
+    this.#once('join', () => this.#join());
+    this.#once('returns', () => this.#sendReturns());
+    const engine = this.engine;
+    if (engine === undefined || !engine.alive || engine.stopped) return;
+    for (const [uuid, publishId] of this.wanted) {
+      if (!engine.volumes.has(uuid)) this.#once(`volume ${uuid}`, () => this.#open(engine, uuid, publishId));
+    }
+    for (const uuid of engine.volumes.keys()) {
+      if (!this.wanted.has(uuid)) this.#once(`volume ${uuid}`, () => this.#close(engine, uuid));
+    }
+    if (engine.volumes.size > 0 && engine.stock.length < 3) this.#once('slabs', () => this.#allocate(engine));
+    this.#once('reports', () => this.#report(engine));
+  }
+
+  #once(key: string, body: () => Promise<void>): void {
+    if (this.#busy.has(key)) return;
+    const busy = this.#busy;
+    busy.add(key);
+    body()
+      .catch((error: unknown) => {
+        if (!(error instanceof HoldfastError) || error.code === 'INTERNAL') {
+          this.world.violated(`${this.nodeId} ${key}: ${error instanceof Error ? error.stack : String(error)}`);
+        }
+      })
+      .finally(() => busy.delete(key));
+  }
+
+  // ---------------------------------------------------------------------------------------------- joining
+
+  async #join(): Promise<void> {
+    const { world } = this;
+    if (!this.accepted || (this.engine?.alive && !this.engine.stopped)) return;
+    const boots = this.boots;
+    const lockFree = !world.disk.locks.has(this.lockPath);
+    const still = (): boolean => this.boots === boots && !(this.engine?.alive && !this.engine.stopped);
+    const { host } = await world.repeated<{ host: HostRef }>(
+      'JoinPool',
+      {
+        pool_uuid: poolUuid,
+        node_id: this.nodeId,
+        machine_id: this.machineId,
+        boot_id: `boot-${boots}-of-${this.nodeId}`,
+        lock_path: this.lockPath,
+        previous_io_dead: lockFree,
+        session_id: this.sessionId,
+      },
+      still,
+    );
+    if (!still() || world.disk.locks.has(this.lockPath)) return;
+    const engine = new Engine(this, host);
+    world.disk.locks.set(this.lockPath, engine);
+    this.engine = engine;
+    this.#beat(engine);
+    await world.repeated('PoolReady', { host }, () => engine.alive && !engine.stopped);
+  }
+
+  /** Reads the fence page, then writes the heartbeat, then may issue I/O for a lease from when it began. */
+  #beat(engine: Engine): void {
+    const { world } = this;
+    world.clock.after(renewMs * 0.9 + world.rng.below(renewMs * 0.2), () => {
+      if (engine.alive && !engine.stopped) this.#beat(engine);
+    });
+    if (!engine.alive || engine.frozen || engine.stopped) return;
+    const began = world.clock.monotonicMs();
+    const page = `${engine.host.host_id}/${engine.generation}`;
+    if (world.disk.fenced.has(page)) return this.#stop(engine);
+    world.clock.after(world.rng.below(50), () => {
+      // The write lands even when its engine froze or died meanwhile.
+      const before = world.disk.heartbeats.get(engine.host.host_id);
+      world.disk.heartbeats.set(engine.host.host_id, {
+        state: 'live',
+        generation: engine.generation,
+        sequence: (before?.sequence ?? 0n) + 1n,
+      });
+      engine.leaseUntilMs = began + leaseMs;
+    });
+  }
+
+  #stop(engine: Engine): void {
+    engine.stopped = true;
+    const { world } = this;
+    const finish = (): void => {
+      if (engine.inFlight > 0) return void world.clock.after(50, finish);
+      const before = world.disk.heartbeats.get(engine.host.host_id);
+      if (before?.generation !== undefined && before.generation > engine.generation) return;
+      world.disk.heartbeats.set(engine.host.host_id, {
+        state: 'stopped',
+        generation: engine.generation,
+        sequence: (before?.sequence ?? 0n) + 1n,
+      });
+      this.stream?.send({ lease: { host: engine.host, state: 'stopped', message: '' } });
+      engine.volumes.clear();
+      engine.alive = false;
+      if (world.disk.locks.get(this.lockPath) === engine) world.disk.locks.delete(this.lockPath);
+    };
+    finish();
+  }
+
+  // ---------------------------------------------------------------------------------------------- volumes
+
+  async #open(engine: Engine, uuid: string, publishId: string): Promise<void> {
+    const { world } = this;
+    const grant = await world.repeated<Grant>(
+      'StageVolume',
+      { host: engine.host, volume_uuid: uuid, publish_id: publishId },
+      () => engine.alive && this.wanted.get(uuid) === publishId,
+    );
+    const epoch = BigInt(String(grant.epoch));
+    if (!engine.alive || engine.stopped || (this.#revoked.get(uuid) ?? -1n) >= epoch) return;
+    if (!engine.canSubmit(world.clock.monotonicMs())) return;
+    const record = world.disk.records.get(uuid);
+    if (record !== undefined && record.epoch >= epoch) return; // HF_STALE
+    const layer = grant.layers?.[0];
+    const layerId = BigInt(String(layer?.layer_id));
+    this.#checkSlabs(uuid, layerId, grant);
+    world.disk.records.set(uuid, { epoch, state: 'open' });
+    engine.volumes.set(uuid, {
+      uuid,
+      volumeId: String(grant.volume_id),
+      epoch,
+      layerId,
+      open: true,
+      inFlight: 0,
+      unreported: [],
+    });
+    await world.repeated(
+      'VolumeOpened',
+      { host: engine.host, volume_uuid: uuid, epoch: epoch.toString() },
+      () => engine.alive && engine.volumes.has(uuid),
+    );
+  }
+
+  /** The next holder must be told of every slab that the volume has: what it does not know reads as zeros. */
+  #checkSlabs(uuid: string, layerId: bigint, grant: Grant): void {
+    const told = new Set<number>();
+    for (const run of grant.layers?.[0]?.slabs ?? []) {
+      for (let n = 0; n < (run.count ?? 0); n++) told.add(Number(run.first) + n);
+    }
+    for (const [slab, page] of this.world.disk.pages) {
+      if ((page.layerId === layerId) !== told.has(slab)) {
+        this.world.violated(
+          `${this.nodeId} opens ${uuid} under ${grant.epoch}: slab ${slab} is layer ${page.layerId}'s on disk, ` +
+            `and the grant of layer ${layerId} ${told.has(slab) ? 'has' : 'lacks'} it`,
+        );
+      }
+    }
+  }
+
+  async #close(engine: Engine, uuid: string): Promise<void> {
+    const volume = engine.volumes.get(uuid);
+    if (volume === undefined || !volume.open || !engine.canSubmit(this.world.clock.monotonicMs())) return;
+    volume.open = false;
+    while (volume.inFlight > 0) await this.world.clock.sleep(20);
+    if (!engine.alive || engine.stopped || !engine.volumes.has(uuid)) return;
+    this.world.disk.records.set(uuid, { epoch: volume.epoch, state: 'closed' });
+    engine.volumes.delete(uuid);
+    this.#returns.push({
+      host: engine.host,
+      uuid,
+      epoch: volume.epoch,
+      claimed: volume.unreported.map((one) => claim(volume, one.slab, one.generation)),
+    });
+  }
+
+  async #sendReturns(): Promise<void> {
+    const next = this.#returns[0];
+    if (next === undefined) return;
+    try {
+      await this.world.repeated('ReturnVolume', {
+        host: next.host,
+        volume_uuid: next.uuid,
+        epoch: next.epoch.toString(),
+        claimed: next.claimed,
+      });
+    } finally {
+      this.#returns.shift();
+    }
+  }
+
+  async #allocate(engine: Engine): Promise<void> {
+    const { runs } = await this.world.rpc<{ runs: { first: string; count: number; generation: string }[] }>(
+      'AllocateSlabs',
+      { host: engine.host, count: 4, request_id: this.world.id() },
+    );
+    if (!engine.alive || engine.stopped) return;
+    for (const run of runs) {
+      for (let n = 0; n < run.count; n++) {
+        engine.stock.push({ slab: Number(run.first) + n, generation: BigInt(run.generation) });
+      }
+    }
+  }
+
+  async #report(engine: Engine): Promise<void> {
+    for (const volume of engine.volumes.values()) {
+      const sent = [...volume.unreported];
+      if (sent.length === 0 || !volume.open) continue;
+      await this.world.repeated(
+        'ReportSlabs',
+        { host: engine.host, claimed: sent.map((one) => claim(volume, one.slab, one.generation)) },
+        () => engine.alive,
+      );
+      volume.unreported = volume.unreported.filter((one) => !sent.includes(one));
+    }
+  }
+
+  /** One write of one open volume; now and then to a new slab. It lands later, whatever happens to the engine. */
+  write(): void {
+    const { world } = this;
+    const engine = this.engine;
+    if (engine === undefined || !engine.canSubmit(world.clock.monotonicMs())) return;
+    const volume = world.rng.pick([...engine.volumes.values()].filter((one) => one.open));
+    if (volume === undefined) return;
+    const fresh = world.rng.chance(0.1) ? engine.stock.shift() : undefined;
+    engine.inFlight += 1;
+    volume.inFlight += 1;
+    const slow = world.rng.chance(0.1) ? drainMs : 10;
+    world.clock.after(world.rng.below(slow), () => {
+      engine.inFlight -= 1;
+      volume.inFlight -= 1;
+      world.writes += 1;
+      world.checkWrite(engine, volume);
+      if (fresh === undefined) return;
+      const page = world.disk.pages.get(fresh.slab);
+      if (page !== undefined) {
+        world.violated(`slab ${fresh.slab} is claimed for layer ${volume.layerId} while layer ${page.layerId} has it`);
+      }
+      world.disk.pages.set(fresh.slab, { layerId: volume.layerId, generation: fresh.generation });
+      volume.unreported.push(fresh);
+    });
+  }
+
+  // ---------------------------------------------------------------------------------------------- faults
+
+  /** SIGKILL of the engine. Its I/O, and with it the lock, may live a little longer. */
+  killEngine(then: 'adopt' | 'join'): void {
+    const { world } = this;
+    const engine = this.engine;
+    if (engine === undefined || !engine.alive) return;
+    engine.alive = false;
+    engine.frozen = false;
+    this.stream?.cut();
+    this.#busy = new Set();
+    const release = (): void => {
+      if (engine.inFlight > 0) return void world.clock.after(20, release);
+      if (world.disk.locks.get(this.lockPath) === engine) world.disk.locks.delete(this.lockPath);
+      if (then === 'join' || engine.stopped || this.engine !== engine) return;
+      const next = new Engine(this, engine.host);
+      for (const [uuid, volume] of engine.volumes) if (volume.open) next.volumes.set(uuid, volume);
+      next.stock.push(...engine.stock);
+      world.disk.locks.set(this.lockPath, next);
+      this.engine = next;
+      this.#beat(next);
+    };
+    world.clock.after(world.rng.below(3000), release);
+  }
+
+  reboot(): void {
+    const { world } = this;
+    const engine = this.engine;
+    this.stream?.cut();
+    this.boots += 1;
+    this.#busy = new Set();
+    this.#returns.length = 0;
+    this.#revoked.clear();
+    if (engine === undefined) return;
+    // A machine that is reset takes its queued I/O with it.
+    engine.alive = false;
+    engine.volumes.clear();
+    this.engine = undefined;
+    world.disk.locks.delete(this.lockPath);
+  }
+
+  freeze(ms: number): void {
+    const engine = this.engine;
+    if (engine === undefined || !engine.alive) return;
+    engine.frozen = true;
+    if (this.world.rng.chance(0.5)) this.stream?.cut();
+    this.world.clock.after(ms, () => {
+      engine.frozen = false;
+      // After a gap longer than the lease it looks at its fence page and every record before it goes on.
+      if (this.world.disk.fenced.has(`${engine.host.host_id}/${engine.generation}`) && engine.alive) this.#stop(engine);
+    });
+  }
+
+  // ---------------------------------------------------------------------------------------------- orders
+
+  async #carryOut(order: Order): Promise<Partial<OrderResult>> {
+    const { disk, clock } = this.world;
+    const mine = { incarnation: BigInt(String(order.incarnation)), term: BigInt(String(order.term)) };
+    const page = { incarnation: BigInt(disk.authority.incarnation), term: BigInt(disk.authority.term) };
+    const older = mine.incarnation < page.incarnation || (mine.incarnation === page.incarnation && mine.term < page.term);
+    if (older) return { error_code: 'HF_STALE', error_message: 'an older term.' };
+    if (order.claim_authority) {
+      const claimed = {
+        store_id: order.claim_authority.store_id ?? '',
+        incarnation: String(order.incarnation),
+        term: String(order.term),
+      };
+      disk.authority = claimed;
+      await clock.sleep(Number(order.claim_authority.wait_ms));
+      return disk.authority === claimed ? {} : { error_code: 'HF_STALE', error_message: 'somebody else claimed it.' };
+    }
+    if (order.test_lock) return { lock_free: !disk.locks.has(order.test_lock.lock_path ?? '') };
+    if (order.revoke) return await this.#revoke(order.revoke.volume_uuid ?? '', BigInt(String(order.revoke.epoch)));
+    const engine = this.engine;
+    if (engine === undefined || !engine.canSubmit(clock.monotonicMs())) {
+      return { error_code: 'UNAVAILABLE', error_message: 'not a live host.' };
+    }
+    await clock.sleep(this.world.rng.below(30));
+    if (order.write_fence) {
+      if (!engine.canSubmit(clock.monotonicMs())) return { error_code: 'HF_LEASE_EXPIRED', error_message: 'too late.' };
+      disk.fenced.add(`${order.write_fence.host_id}/${String(order.write_fence.generation)}`);
+      return {};
+    }
+    if (order.read_fence) {
+      const key = `${order.read_fence.host_id}/${String(order.read_fence.generation)}`;
+      const generation = disk.fenced.has(key) ? String(order.read_fence.generation) : '0';
+      return { fence: { host_id: order.read_fence.host_id ?? 0, generation } };
+    }
+    if (order.read_heartbeat) {
+      const beat = disk.heartbeats.get(order.read_heartbeat.host_id ?? 0);
+      return {
+        heartbeat: {
+          host_id: order.read_heartbeat.host_id ?? 0,
+          state: beat?.state ?? 'empty',
+          generation: String(beat?.generation ?? 0n),
+          sequence: String(beat?.sequence ?? 0n),
+        },
+      };
+    }
+    if (order.scan_slabs) {
+      const owners = (order.scan_slabs.runs ?? []).flatMap((run) =>
+        Array.from({ length: run.count ?? 0 }, (_, n) => {
+          const slab = Number(run.first) + n;
+          const found = disk.pages.get(slab);
+          return {
+            slab: String(slab),
+            generation: String(found?.generation ?? 0n),
+            layer_id: String(found?.layerId ?? 0n),
+            state: found === undefined ? 'free' : 'claimed',
+          };
+        }),
+      );
+      return { slab_owners: { owners } };
+    }
+    if (order.wipe_volume) {
+      for (const layer of order.wipe_volume.layers ?? []) {
+        for (const [slab, found] of disk.pages) {
+          if (found.layerId === BigInt(String(layer.layer_id))) disk.pages.delete(slab);
+        }
+      }
+      return {};
+    }
+    return { error_code: 'UNIMPLEMENTED', error_message: 'what?' };
+  }
+
+  async #revoke(uuid: string, epoch: bigint): Promise<Partial<OrderResult>> {
+    if ((this.#revoked.get(uuid) ?? -1n) < epoch) this.#revoked.set(uuid, epoch);
+    const engine = this.engine;
+    const waiting = this.#returns.find((one) => one.uuid === uuid && one.epoch === epoch);
+    if (waiting !== undefined) {
+      return { revoked: { epoch: epoch.toString(), was_open: true, claimed: waiting.claimed } };
+    }
+    if (engine !== undefined && (!engine.alive || engine.stopped)) {
+      return { error_code: 'UNAVAILABLE', error_message: 'not now.' };
+    }
+    const volume = engine?.volumes.get(uuid);
+    if (engine === undefined || volume === undefined) {
+      return { error_code: 'UNKNOWN_VOLUME', error_message: 'not open here.' };
+    }
+    if (volume.epoch !== epoch) return { error_code: 'STALE', error_message: 'another epoch.' };
+    volume.open = false;
+    while (volume.inFlight > 0) await this.world.clock.sleep(20);
+    if (!engine.canSubmit(this.world.clock.monotonicMs())) return { error_code: 'HF_IO', error_message: 'no lease.' };
+    engine.volumes.delete(uuid);
+    this.world.disk.records.set(uuid, { epoch, state: 'closed' });
+    const claimed = volume.unreported.map((one) => claim(volume, one.slab, one.generation));
+    return { revoked: { epoch: epoch.toString(), was_open: true, claimed } };
+  }
+}
+
+const emptyResult = { error_code: '', error_message: '' };
+
+function claim(volume: OpenVolume, slab: number, generation: bigint): object {
+  return {
+    volume_id: volume.volumeId,
+    layer_id: volume.layerId.toString(),
+    slab: String(slab),
+    generation: generation.toString(),
+  };
+}
