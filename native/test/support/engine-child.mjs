@@ -46,8 +46,12 @@ const ops = {
   async create(options) {
     engine = await native.createEngine({ stateDir: '/', ...options, onEvent });
   },
+  // What ran low before is served now.
   supply(next) {
     supply = next;
+    for (const target of pools()) {
+      if (target.stock().length === 0 && supply.next < supply.end) give(target, supply.batch);
+    }
   },
   give: (uuid, count) => give(pool(uuid), count),
   async adopt() {
