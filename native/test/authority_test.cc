@@ -9,8 +9,8 @@ namespace holdfast::test {
 namespace {
 
 using format::kPageSize;
-using Fault = MemoryDevice::Fault;
-using Op = MemoryDevice::Op;
+using Fault = MemoryDisk::Fault;
+using Op = MemoryDisk::Op;
 
 class AuthorityTest : public PoolTest {
  protected:

@@ -15,8 +15,8 @@ using format::LayerState;
 using format::SlabPage;
 using format::VolumeState;
 using Severity = CheckFinding::Severity;
-using Fault = MemoryDevice::Fault;
-using Op = MemoryDevice::Op;
+using Fault = MemoryDisk::Fault;
+using Op = MemoryDisk::Op;
 
 // Volume 40 (closed, slot 4) with layers 41 (top, slabs 1 and 2) on 30 (frozen, slab 3); volume 50 (open, slot 5) with
 // layer 51 (slab 6).
@@ -250,6 +250,13 @@ TEST_F(CheckerTest, NamesAChunkMappedTwiceWithBothPlaces) {
   EXPECT_TRUE(finds("chunk-mapped-twice", Severity::kError, "slabs 2, 2"));
 }
 
+TEST_F(CheckerTest, AChunkMappedTwiceByPagesOfDifferentFlushesIsWhatACrashOfAnOpenVolumeLeaves) {
+  write_slab(7, mapped(51, 50, {10}), 9);
+  EXPECT_TRUE(finds("chunk-mapped-twice", Severity::kInfo, "the page of the latest flush counts"));
+  write_slab(7, mapped(51, 50, {10}), 5);
+  EXPECT_TRUE(finds("chunk-mapped-twice", Severity::kError, "slabs 6, 7"));
+}
+
 TEST_F(CheckerTest, ForgivesAChunkThatAnOpenVolumeMovedWhileItWasRead) {
   write_slab(2, mapped(41, 40, {20, 11}), 5);
   bool moved = false;
@@ -273,6 +280,7 @@ TEST_F(CheckerTest, NamesEntriesAndHolesThatCannotBe) {
     EXPECT_TRUE(finds(kind, Severity::kError, part));
   };
   page([](SlabPage& p) { p.entries[7].data = 1; }, "entry-mask-without-chunk", "chunk 7");
+  page([](SlabPage& p) { p.entries[2] = {12, 0, 0}; }, "entry-without-blocks", "volume bytes 786432");
   page([](SlabPage& p) { p.entries[0].zero = 1; }, "entry-masks-overlap", "volume bytes 655360 to 720896");
   page([](SlabPage& p) { p.entries[5] = {1'024, 1, 0}; }, "chunk-past-end", "past the end");
   page([](SlabPage& p) { p.hole_count = 241; }, "hole-count", "241");

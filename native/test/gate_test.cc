@@ -195,16 +195,16 @@ TEST_F(GateTest, HoldClosesUntilTheNextRenewal) {
 }
 
 TEST_F(GateTest, ControlWritesNeedTheLeaseAndAreCounted) {
-  MemoryDevice memory(1u << 20);
+  MemoryDisk memory(1u << 20);
   GatedSyncDevice device(memory, pool);
   PageBuffer page(4096);
   EXPECT_TRUE(has_code(device.write_durable(0, page.data(), 4096), Code::kLeaseExpired));
   EXPECT_OK(device.read(0, page.data(), 4096));
   pool.renew(9'000);
   uint64_t seen = 0;
-  memory.set_faults([&](MemoryDevice::Op, uint64_t, uint64_t) {
+  memory.set_faults([&](MemoryDisk::Op, uint64_t, uint64_t) {
     seen = pool.in_flight();
-    return MemoryDevice::Fault::kNone;
+    return MemoryDisk::Fault::kNone;
   });
   EXPECT_OK(device.write_durable(0, page.data(), 4096));
   EXPECT_EQ(seen, 1u);
@@ -379,14 +379,14 @@ TEST(GateThreads, ALeaseThatComesAndGoesLosesNoRequestAndRunsNoneTwice) {
 
 TEST(GateThreads, ControlWritesFromManyThreadsAreAllOverWhenTheFenceSaysSo) {
   PoolGate pool(boottime_ns);
-  MemoryDevice memory(1u << 20);
+  MemoryDisk memory(1u << 20);
   GatedSyncDevice device(memory, pool);
   pool.renew(boottime_ns() + 3'600'000'000'000);
   std::atomic<bool> closed{false};
   std::atomic<int> late{0};
-  memory.set_faults([&](MemoryDevice::Op, uint64_t, uint64_t) {
+  memory.set_faults([&](MemoryDisk::Op, uint64_t, uint64_t) {
     if (closed.load()) late.fetch_add(1);
-    return MemoryDevice::Fault::kNone;
+    return MemoryDisk::Fault::kNone;
   });
   std::vector<std::thread> threads;
   for (uint64_t i = 0; i < 3; i++) {
@@ -396,7 +396,7 @@ TEST(GateThreads, ControlWritesFromManyThreadsAreAllOverWhenTheFenceSaysSo) {
       }
     });
   }
-  wait_until([&] { return memory.operations(MemoryDevice::Op::kWrite) > 1'000; });
+  wait_until([&] { return memory.operations(MemoryDisk::Op::kWrite) > 1'000; });
   pool.fence();
   EXPECT_TRUE(pool.wait_idle(10'000));
   closed.store(true);

@@ -11,8 +11,8 @@ namespace {
 
 using format::HeartbeatState;
 using format::kPageSize;
-using Fault = MemoryDevice::Fault;
-using Op = MemoryDevice::Op;
+using Fault = MemoryDisk::Fault;
+using Op = MemoryDisk::Op;
 
 constexpr uint64_t kSecond = 1'000'000'000;
 const format::Uuid kMachine = {0x11};
@@ -363,6 +363,24 @@ TEST_F(LeaseTest, AnEngineTakesOverTheSameGenerationOnlyOnTheSameBootOfTheSameMa
                                            [] { return uint64_t{1}; }, {}});
   EXPECT_EQ(rebooted.renew().state, LeaseState::kFenced);
   EXPECT_OK(next->renew().status) << "and the refused one has touched nothing";
+}
+
+TEST_F(LeaseTest, AFirstHeartbeatThatFailsIsTriedAgain) {
+  for (const bool taking_over : {false, true}) {
+    SetUp();
+    ASSERT_OK(lease(taking_over ? 5 : 4)->renew().status);
+    for (const Fault fault : {Fault::kError, Fault::kErrorAfter}) {
+      auto mine = lease(taking_over ? 5 : 6, taking_over);
+      fail_heartbeats(fault);
+      EXPECT_EQ(mine->renew().state, LeaseState::kHeld);
+      EXPECT_EQ(mine->renew().state, LeaseState::kHeld);
+      device.set_faults({});
+      EXPECT_OK(mine->renew().status);
+      EXPECT_OK(mine->write_stopped());
+      SetUp();
+      ASSERT_OK(lease(taking_over ? 5 : 4)->renew().status);
+    }
+  }
 }
 
 TEST_F(LeaseTest, AnOlderGenerationThanTheSlotsIsRefused) {

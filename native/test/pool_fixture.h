@@ -111,7 +111,7 @@ class PoolTest : public testing::Test {
     return record;
   }
 
-  MemoryDevice device{kPoolBytes};
+  MemoryDisk device{kPoolBytes};
   PoolInfo info;
   format::Superblock s{};
 };

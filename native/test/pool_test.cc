@@ -13,8 +13,8 @@ namespace {
 
 using format::kPageSize;
 using format::Superblock;
-using Fault = MemoryDevice::Fault;
-using Op = MemoryDevice::Op;
+using Fault = MemoryDisk::Fault;
+using Op = MemoryDisk::Op;
 
 constexpr uint64_t kGiB = 1ull << 30;
 
@@ -105,7 +105,7 @@ TEST_F(PoolTest, RefusesANewerFormatVersionEvenOfOneCopy) {
   EXPECT_TRUE(has_code(read_pool(device), Code::kUnsupported, "format version 2"));
 }
 
-void reseal(MemoryDevice& device, const std::function<void(Superblock&)>& change) {
+void reseal(MemoryDisk& device, const std::function<void(Superblock&)>& change) {
   for (const uint64_t at : {format::kSuperblockAOffset, format::kSuperblockBOffset}) {
     auto* page = reinterpret_cast<Superblock*>(device.raw(at));
     change(*page);
@@ -158,11 +158,11 @@ TEST_F(PoolTest, RefusesADeviceThatShrankAndTwoPoolsInOne) {
 }
 
 TEST(ReadPool, SaysThatABlankOrForeignDeviceIsNoPool) {
-  MemoryDevice device(kPoolBytes);
+  MemoryDisk device(kPoolBytes);
   EXPECT_TRUE(has_code(read_pool(device), Code::kNotAPool));
   std::memset(device.raw(0), 0x5a, 1u << 20);
   EXPECT_TRUE(has_code(read_pool(device), Code::kNotAPool));
-  MemoryDevice tiny(kPageSize);
+  MemoryDisk tiny(kPageSize);
   EXPECT_TRUE(has_code(read_pool(tiny), Code::kNotAPool));
 }
 
@@ -171,7 +171,7 @@ TEST(WritePool, CutOffAtAnyPointItLeavesAWholePoolOrNone) {
   bool finished = false;
   int whole = 0;
   for (int limit = 0; !finished; limit++) {
-    MemoryDevice device(kPoolBytes);
+    MemoryDisk device(kPoolBytes);
     ASSERT_OK(write_pool(device, plan(kPoolBytes, "old"), kPool, {}));
     int writes = 0;
     device.set_faults([&](Op op, uint64_t, uint64_t) {
@@ -197,7 +197,7 @@ TEST(WritePool, CutOffAtAnyPointItLeavesAWholePoolOrNone) {
 }
 
 TEST(WritePool, NoticesADeviceThatDoesNotZeroOrDoesNotWrite) {
-  MemoryDevice device(kPoolBytes);
+  MemoryDisk device(kPoolBytes);
   std::memset(device.raw(60u << 20), 1, kPageSize);
   device.set_faults([](Op op, uint64_t, uint64_t) { return op == Op::kZero ? Fault::kLost : Fault::kNone; });
   EXPECT_TRUE(has_code(write_pool(device, plan(kPoolBytes), kPool, {}), Code::kIo, "can't be trusted"));
@@ -209,7 +209,7 @@ TEST(WritePool, NoticesADeviceThatDoesNotZeroOrDoesNotWrite) {
 }
 
 TEST(WritePool, PagesOfAFormerPoolAreNeverTakenForTheNewOnes) {
-  MemoryDevice device(kPoolBytes);
+  MemoryDisk device(kPoolBytes);
   const Superblock old = write_pool(device, plan(kPoolBytes), kPool, {})->superblock;
   format::SlabPage page;
   make_free_slab_page(&page, 9);

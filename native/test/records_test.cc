@@ -12,8 +12,8 @@ using format::kPageSize;
 using format::LayerState;
 using format::VolumeRecord;
 using format::VolumeState;
-using Fault = MemoryDevice::Fault;
-using Op = MemoryDevice::Op;
+using Fault = MemoryDisk::Fault;
+using Op = MemoryDisk::Op;
 
 using RecordsTest = PoolTest;
 

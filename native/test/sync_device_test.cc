@@ -13,8 +13,8 @@
 namespace holdfast::test {
 namespace {
 
-using Fault = MemoryDevice::Fault;
-using Op = MemoryDevice::Op;
+using Fault = MemoryDisk::Fault;
+using Op = MemoryDisk::Op;
 
 PageBuffer filled(int value, size_t bytes = 4096) {
   PageBuffer buffer(bytes);
@@ -22,10 +22,10 @@ PageBuffer filled(int value, size_t bytes = 4096) {
   return buffer;
 }
 
-int first_byte(MemoryDevice& device, uint64_t offset) { return std::to_integer<int>(*device.raw(offset)); }
+int first_byte(MemoryDisk& device, uint64_t offset) { return std::to_integer<int>(*device.raw(offset)); }
 
-TEST(MemoryDevice, APowerCutTakesWhatWasNotFlushedAndNothingElse) {
-  MemoryDevice device(1u << 20);
+TEST(MemoryDisk, APowerCutTakesWhatWasNotFlushedAndNothingElse) {
+  MemoryDisk device(1u << 20);
   const PageBuffer one = filled(1), two = filled(2), three = filled(3);
   ASSERT_OK(device.write(0, one.data(), 4096));
   ASSERT_OK(device.flush());
@@ -40,8 +40,8 @@ TEST(MemoryDevice, APowerCutTakesWhatWasNotFlushedAndNothingElse) {
   EXPECT_EQ(first_byte(device, 12288), 2);
 }
 
-TEST(MemoryDevice, FaultsAreWhatTheyAreCalled) {
-  MemoryDevice device(1u << 20);
+TEST(MemoryDisk, FaultsAreWhatTheyAreCalled) {
+  MemoryDisk device(1u << 20);
   const PageBuffer one = filled(1);
   Fault next = Fault::kError;
   device.set_faults([&](Op op, uint64_t, uint64_t) { return op == Op::kWrite ? next : Fault::kNone; });
@@ -59,8 +59,8 @@ TEST(MemoryDevice, FaultsAreWhatTheyAreCalled) {
   EXPECT_EQ(first_byte(device, 8192 + 2048), 0);
 }
 
-TEST(MemoryDevice, RefusesWhatIsPastTheEnd) {
-  MemoryDevice device(1u << 20);
+TEST(MemoryDisk, RefusesWhatIsPastTheEnd) {
+  MemoryDisk device(1u << 20);
   PageBuffer buffer(8192);
   EXPECT_TRUE(has_code(device.read((1u << 20) - 4096, buffer.data(), 8192), Code::kIo, "past the end"));
   EXPECT_TRUE(has_code(device.write(1u << 20, buffer.data(), 4096), Code::kIo, "past the end"));

@@ -517,6 +517,10 @@ class Checker {
         }
         continue;
       }
+      if ((entry.data | entry.zero) == 0) {
+        find_chunks(Severity::kError, "entry-without-blocks", slab, page, entry.logical_chunk, 1,
+                    "its " + place("chunk", i) + " is taken but has no block");
+      }
       if ((entry.data & entry.zero) != 0) {
         find_chunks(Severity::kError, "entry-masks-overlap", slab, page, entry.logical_chunk, 1,
                     "its " + place("chunk", i) + " marks blocks both as data and as zeros");
@@ -555,7 +559,10 @@ class Checker {
   // Second look at every chunk that seemed to be mapped twice: all slabs of those layers are read again.
   void confirm_twice() {
     if (twice_.empty()) return;
-    std::map<std::pair<uint64_t, uint32_t>, std::vector<uint64_t>> places;
+    struct Seen {
+      uint64_t slab, sequence;
+    };
+    std::map<std::pair<uint64_t, uint32_t>, std::vector<Seen>> places;
     for (const Twice& twice : twice_) places[{twice.layer_id, twice.chunk}];
     for (uint64_t first = 0; first < s_.slab_count; first += format::kSlabsPerRegion) {
       const uint64_t count = std::min<uint64_t>(format::kSlabsPerRegion, s_.slab_count - first);
@@ -568,25 +575,31 @@ class Checker {
         for (const format::SlabEntry& entry : page.entries) {
           if (entry.logical_chunk == format::kNoChunk) continue;
           const auto found = places.find({page.layer_id, entry.logical_chunk});
-          if (found != places.end()) found->second.push_back(first + i);
+          if (found != places.end()) found->second.push_back({first + i, page.header.sequence});
         }
       });
     }
-    for (const auto& [key, slabs] : places) {
-      if (slabs.size() < 2) continue;
+    for (const auto& [key, seen] : places) {
+      if (seen.size() < 2) continue;
       const LayerSeen& layer = layers_.at(key.first);
       std::string list;
-      for (const uint64_t slab : slabs) list += (list.empty() ? "" : ", ") + std::to_string(slab);
+      bool ordered = true;  // each page of another flush: the newest is right, and the next open sees to the others
+      for (size_t i = 0; i < seen.size(); i++) {
+        list += (i == 0 ? "" : ", ") + std::to_string(seen[i].slab);
+        for (size_t j = 0; j < i; j++) ordered = ordered && seen[i].sequence != seen[j].sequence;
+      }
+      const bool crash = ordered && layer.is_top && !layer.settled;
       const uint64_t from = uint64_t{key.second} * format::kChunkSize;
       CheckFinding& finding =
-          find(Severity::kError, "chunk-mapped-twice",
+          find(crash ? Severity::kInfo : Severity::kError, "chunk-mapped-twice",
                "volume " + std::to_string(layer.info.volume_id) + ", layer " + std::to_string(key.first) +
                    ": volume bytes " + std::to_string(from) + " to " + std::to_string(from + format::kChunkSize) +
-                   " are mapped by more than one place, in slabs " + list);
+                   " are mapped by more than one place, in slabs " + list +
+                   (crash ? "; a crash left it so, and the page of the latest flush counts" : ""));
       finding.volume_id = layer.info.volume_id;
       finding.layer_id = key.first;
-      finding.slab = slabs.back();
-      finding.offset = slab_page_offset(s_, slabs.back());
+      finding.slab = seen.back().slab;
+      finding.offset = slab_page_offset(s_, seen.back().slab);
       finding.length = kPairSize;
     }
     if (twice_count_ > twice_.size()) {

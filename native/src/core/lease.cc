@@ -118,7 +118,7 @@ Status Lease::judge_slot(const Slot& slot) {
   if (same_life && page.nonce != 0 && page.nonce == previous_) {
     return {Code::kIo, "the last heartbeat of " + us + " is gone from the disk, which had said that it was durable"};
   }
-  if (!joined_ && pending_ == 0) {
+  if (!joined_) {
     if (page.generation < options_.generation) return {};
     if (same_life && options_.taking_over && page.machine_id == options_.machine_id &&
         page.boot_id == options_.boot_id) {

@@ -179,55 +179,55 @@ Status FdDevice::zero(uint64_t offset, uint64_t length) {
   return {};
 }
 
-// ---- MemoryDevice
+// ---- MemoryDisk
 
 namespace {
 constexpr uint64_t kMemoryRoom = 1ull << 40;  // address space, not memory: room to grow without moving
 }
 
-MemoryDevice::MemoryDevice(uint64_t size_bytes) : size_(size_bytes), reserved_(kMemoryRoom) {
+MemoryDisk::MemoryDisk(uint64_t size_bytes) : size_(size_bytes), reserved_(kMemoryRoom) {
   HF_ASSERT(size_bytes % kPageSize == 0 && size_bytes <= reserved_);
   void* memory = ::mmap(nullptr, reserved_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   HF_ASSERT(memory != MAP_FAILED);
   memory_ = static_cast<std::byte*>(memory);
 }
 
-MemoryDevice::~MemoryDevice() { ::munmap(memory_, reserved_); }
+MemoryDisk::~MemoryDisk() { ::munmap(memory_, reserved_); }
 
-void MemoryDevice::set_faults(std::function<Fault(Op, uint64_t, uint64_t)> faults) {
+void MemoryDisk::set_faults(std::function<Fault(Op, uint64_t, uint64_t)> faults) {
   const std::lock_guard lock(mutex_);
   faults_ = std::move(faults);
 }
 
-std::byte* MemoryDevice::raw(uint64_t offset) {
+std::byte* MemoryDisk::raw(uint64_t offset) {
   HF_ASSERT(offset < size_);
   return memory_ + offset;
 }
 
-void MemoryDevice::resize(uint64_t size_bytes) {
+void MemoryDisk::resize(uint64_t size_bytes) {
   const std::lock_guard lock(mutex_);
   HF_ASSERT(size_bytes % kPageSize == 0 && size_bytes <= reserved_);
   size_ = size_bytes;
 }
 
-uint64_t MemoryDevice::operations(Op op) const {
+uint64_t MemoryDisk::operations(Op op) const {
   const std::lock_guard lock(mutex_);
   return operations_[static_cast<size_t>(op)];
 }
 
-MemoryDevice::Fault MemoryDevice::fault(Op op, uint64_t offset, uint64_t length) {
+MemoryDisk::Fault MemoryDisk::fault(Op op, uint64_t offset, uint64_t length) {
   operations_[static_cast<size_t>(op)]++;
   return faults_ ? faults_(op, offset, length) : Fault::kNone;
 }
 
-void MemoryDevice::remember(uint64_t offset, uint64_t length) {
+void MemoryDisk::remember(uint64_t offset, uint64_t length) {
   for (uint64_t page = offset; page < offset + length; page += kPageSize) {
     auto [entry, fresh] = before_.try_emplace(page);
     if (fresh) entry->second.assign(memory_ + page, memory_ + page + kPageSize);
   }
 }
 
-void MemoryDevice::power_cut(const std::function<bool(uint64_t)>& keep) {
+void MemoryDisk::power_cut(const std::function<bool(uint64_t)>& keep) {
   const std::lock_guard lock(mutex_);
   for (const auto& [page, content] : before_) {
     if (!keep(page)) std::memcpy(memory_ + page, content.data(), kPageSize);
@@ -235,7 +235,7 @@ void MemoryDevice::power_cut(const std::function<bool(uint64_t)>& keep) {
   before_.clear();
 }
 
-Status MemoryDevice::read(uint64_t offset, void* buffer, size_t length) {
+Status MemoryDisk::read(uint64_t offset, void* buffer, size_t length) {
   const std::lock_guard lock(mutex_);
   if (Status status = check_range(*this, "read", offset, length); !status.ok()) return status;
   const Fault f = fault(Op::kRead, offset, length);
@@ -244,7 +244,7 @@ Status MemoryDevice::read(uint64_t offset, void* buffer, size_t length) {
   return {};
 }
 
-Status MemoryDevice::store(uint64_t offset, const void* buffer, size_t length, bool durable) {
+Status MemoryDisk::store(uint64_t offset, const void* buffer, size_t length, bool durable) {
   const std::lock_guard lock(mutex_);
   if (Status status = check_range(*this, "write", offset, length); !status.ok()) return status;
   const Fault f = fault(Op::kWrite, offset, length);
@@ -260,15 +260,15 @@ Status MemoryDevice::store(uint64_t offset, const void* buffer, size_t length, b
   return {};
 }
 
-Status MemoryDevice::write(uint64_t offset, const void* buffer, size_t length) {
+Status MemoryDisk::write(uint64_t offset, const void* buffer, size_t length) {
   return store(offset, buffer, length, false);
 }
 
-Status MemoryDevice::write_durable(uint64_t offset, const void* buffer, size_t length) {
+Status MemoryDisk::write_durable(uint64_t offset, const void* buffer, size_t length) {
   return store(offset, buffer, length, true);
 }
 
-Status MemoryDevice::flush() {
+Status MemoryDisk::flush() {
   const std::lock_guard lock(mutex_);
   const Fault f = fault(Op::kFlush, 0, 0);
   if (f == Fault::kError) return io_error(name_, "flush", 0, 0, EIO);
@@ -277,7 +277,7 @@ Status MemoryDevice::flush() {
   return {};
 }
 
-Status MemoryDevice::discard(uint64_t offset, uint64_t length) {
+Status MemoryDisk::discard(uint64_t offset, uint64_t length) {
   const std::lock_guard lock(mutex_);
   if (Status status = check_range(*this, "discard", offset, length); !status.ok()) return status;
   const Fault f = fault(Op::kDiscard, offset, length);
@@ -286,7 +286,7 @@ Status MemoryDevice::discard(uint64_t offset, uint64_t length) {
   return {};
 }
 
-Status MemoryDevice::zero(uint64_t offset, uint64_t length) {
+Status MemoryDisk::zero(uint64_t offset, uint64_t length) {
   const std::lock_guard lock(mutex_);
   if (Status status = check_range(*this, "zeroing", offset, length); !status.ok()) return status;
   const Fault f = fault(Op::kZero, offset, length);

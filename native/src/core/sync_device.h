@@ -79,7 +79,7 @@ class FdDevice final : public SyncDevice {
 };
 
 // A disk in memory for tests: sparse, forgets what was not flushed, and fails on demand.
-class MemoryDevice final : public SyncDevice {
+class MemoryDisk final : public SyncDevice {
  public:
   enum class Op { kRead, kWrite, kFlush, kDiscard, kZero };
   enum class Fault {
@@ -89,10 +89,10 @@ class MemoryDevice final : public SyncDevice {
     kLost,           // reported as done, nothing happened
     kTorn,           // reported as done, only the first half of the bytes (whole 512-byte sectors) arrived
   };
-  explicit MemoryDevice(uint64_t size_bytes);
-  ~MemoryDevice() override;
-  MemoryDevice(const MemoryDevice&) = delete;
-  MemoryDevice& operator=(const MemoryDevice&) = delete;
+  explicit MemoryDisk(uint64_t size_bytes);
+  ~MemoryDisk() override;
+  MemoryDisk(const MemoryDisk&) = delete;
+  MemoryDisk& operator=(const MemoryDisk&) = delete;
 
   // Asked before each operation; called with the device's lock held, so it must not call back. Null: no faults.
   void set_faults(std::function<Fault(Op op, uint64_t offset, uint64_t length)> faults);
