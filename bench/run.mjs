@@ -200,6 +200,15 @@ async function memorySection(cluster) {
   return results;
 }
 
+/** Resolves when no deleted volume waits for its slabs to be wiped. */
+async function allDeleted(cluster) {
+  for (;;) {
+    const { volumes } = await call(cluster.metadata, cluster.metadata.ListVolumes, { include_deleting: true });
+    if (volumes.every((v) => v.state !== 'DELETING')) return;
+    await new Promise((r) => setTimeout(r, 200));
+  }
+}
+
 /** What 200 small volumes (1 GiB, the first 8 MiB written) cost in the pool. */
 async function smallSection(cluster) {
   const { metadata } = cluster;
@@ -208,6 +217,7 @@ async function smallSection(cluster) {
     return pools.reduce((sum, p) => sum + (Number(p.slab_count) - Number(p.slabs_free) - Number(p.slabs_ahead)) * Number(p.slab_size), 0);
   };
   const count = quick ? 20 : 200;
+  await allDeleted(cluster);
   const before = await used();
   const volumes = [];
   for (let i = 0; i < count; i++) {
