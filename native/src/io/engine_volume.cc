@@ -1,9 +1,13 @@
 // One open volume of an engine: the volume, its FUSE session, its loop device and its entry at the keeper, in the
 // order that makes each step safe to be killed after. See engine.h.
+#include <linux/loop.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <cinttypes>
+#include <cstdio>
 #include <cstring>
+#include <string>
 #include <utility>
 
 #include "io/await.h"
@@ -21,7 +25,14 @@ constexpr uint32_t kLoopAsyncDepth = 96;
 constexpr const char* kReason =
     "fuse: a loop device over the engine's FUSE file, which works on every kernel and in containers";
 
-std::string volume_label(const format::Uuid& uuid) { return "holdfast:" + uuid_text(uuid); }
+// Names this opening of the volume: the dead device of an earlier owner may still be attached to the same machine.
+std::string volume_label(const VolumeSpec& spec) {
+  char label[LO_NAME_SIZE];
+  std::string uuid = uuid_text(spec.uuid);
+  std::erase(uuid, '-');
+  std::snprintf(label, sizeof label, "holdfast:%s:%" PRIx64 ":%" PRIx32, uuid.c_str(), spec.epoch, spec.host_id);
+  return label;
+}
 
 Result<std::unique_ptr<SharedMemory>> share_spec(const VolumeSpec& spec) {
   const std::string bytes = encode(spec);
@@ -85,7 +96,7 @@ KeeperLoop EngineVolume::loop(bool ignore_sync) const {
   KeeperLoop loop{};
   loop.number = loop_number_;
   loop.ignore_sync = ignore_sync ? 1 : 0;
-  volume_label(spec_.uuid).copy(loop.label, sizeof loop.label - 1);
+  volume_label(spec_).copy(loop.label, sizeof loop.label - 1);
   return loop;
 }
 
@@ -97,7 +108,7 @@ std::string EngineVolume::export_blob() const {
   if (session_ != nullptr) state.agreement = session_->agreement();
   state.loop_number = loop_number_;
   state.dead = state_ == State::kDead;
-  state.label = volume_label(spec_.uuid);
+  state.label = volume_label(spec_);
   return encode(state);
 }
 
@@ -208,7 +219,7 @@ Status EngineVolume::open() {
 Status EngineVolume::attach() {
   const VolumeSpec wanted = spec();
   KeeperAttach attach{};
-  volume_label(wanted.uuid).copy(attach.label, sizeof attach.label - 1);
+  volume_label(wanted).copy(attach.label, sizeof attach.label - 1);
   attach.sector_size = kSectorSize;
   attach.requests = kLoopRequests;
   attach.async_depth = kLoopAsyncDepth;
@@ -315,7 +326,7 @@ void EngineVolume::learn_size() {
 
 // After a take-over: the loop device is there, of the right size, and the keeper has the descriptors of this engine.
 Status EngineVolume::settle_device(bool grown) {
-  const std::string label = volume_label(spec().uuid);
+  const std::string label = volume_label(spec());
   Result<int> found = pool_->engine_->keeper_->find(label);
   if (!found.ok()) return found.status;
   {
