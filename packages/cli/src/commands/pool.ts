@@ -61,6 +61,14 @@ async function format(device: string, flags: FormatFlags, command: Command): Pro
       ...(flags.leaseMs === undefined ? {} : { leaseMs: flags.leaseMs }),
       ...(flags.drainMs === undefined ? {} : { drainMs: flags.drainMs }),
     })
+    .catch((error: unknown) => {
+      // The engine knows no flags.
+      const forcible = ['HF_ALREADY_EXISTS', 'HF_FOREIGN_DATA'].includes(
+        (error as { code?: string }).code ?? '',
+      );
+      if (!forcible || flags.force === true || !(error instanceof Error)) throw error;
+      throw new Error(`${error.message.replace(/\.$/, '')}: --force.`, { cause: error });
+    })
     .finally(bar.end);
   if (globals(command).output === 'json') {
     printJson({ device: path, ...info });

@@ -60,7 +60,7 @@ const programs = {
 
 /** A process is started again after this pause. */
 const restartMs = 300;
-/** A process that ends sooner than this after its start is not started again at once. */
+/** A process that fails sooner than this after its start is not started again at once. */
 const shortLifeMs = 2000;
 const restartMostMs = 5000;
 const startTimeoutMs = 30_000;
@@ -349,10 +349,9 @@ export class DevCluster {
       );
       return;
     }
-    watched.pauseMs =
-      watched.endedAt - watched.startedAt < shortLifeMs
-        ? Math.min(watched.pauseMs * 2, restartMostMs)
-        : restartMs;
+    // Killed from outside is no fault of its own: only what fails by itself is given time.
+    const failing = killedBy !== 'SIGKILL' && watched.endedAt - watched.startedAt < shortLifeMs;
+    watched.pauseMs = failing ? Math.min(watched.pauseMs * 2, restartMostMs) : restartMs;
     if (watched.node?.power === 'on') this.#options.say(`${who} ended (${how})`);
     setTimeout(() => this.#decide(watched), watched.pauseMs);
   }

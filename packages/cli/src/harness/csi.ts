@@ -30,17 +30,23 @@ export interface Published {
   targetPath: string;
 }
 
+const passing: readonly string[] = ['UNAVAILABLE', 'DEADLINE_EXCEEDED', 'OPERATION_PENDING'];
+/** The kubelet repeats a stage whatever the error: a node that was fenced joins again by itself meanwhile. */
+const passingForStage: readonly string[] = [...passing, 'FAILED_PRECONDITION', 'STALE', 'FENCED'];
+
 /** Repeats what a sidecar or the kubelet would repeat, until `timeoutMs` is over. */
-export async function repeated<T>(what: string, timeoutMs: number, body: () => Promise<T>): Promise<T> {
+export async function repeated<T>(
+  what: string,
+  timeoutMs: number,
+  body: () => Promise<T>,
+  again = passing,
+): Promise<T> {
   const deadline = Date.now() + timeoutMs;
   for (;;) {
     try {
       return await body();
     } catch (error) {
-      const again =
-        error instanceof HoldfastError &&
-        ['UNAVAILABLE', 'DEADLINE_EXCEEDED', 'OPERATION_PENDING'].includes(error.code);
-      if (!again) throw error;
+      if (!(error instanceof HoldfastError) || !again.includes(error.code)) throw error;
       if (Date.now() > deadline) {
         throw new Error(`${what} did not succeed within ${timeoutMs / 1000} s: ${error.message}`, {
           cause: error,
@@ -160,8 +166,11 @@ export class CsiCluster {
       volume_capability: capability,
       staging_target_path: stagingPath,
     };
-    await repeated('NodeStageVolume', callMs, () =>
-      call(node, node.NodeStageVolume, common, { timeoutMs: callMs }),
+    await repeated(
+      'NodeStageVolume',
+      callMs,
+      () => call(node, node.NodeStageVolume, common, { timeoutMs: callMs }),
+      passingForStage,
     );
     await repeated('NodePublishVolume', callMs, () =>
       call(node, node.NodePublishVolume, { ...common, target_path: targetPath }, { timeoutMs: callMs }),

@@ -16,7 +16,7 @@ describe('the metadata service killed with -9 at random moments', () => {
       let kills = 0;
       const killer = async (): Promise<void> => {
         while (!stop.signal.aborted) {
-          await pause(300 + Math.random() * 1500);
+          await pause(500 + Math.random() * 3000);
           const [service] = up.processes({ role: 'metadata-service' });
           if (stop.signal.aborted || service === undefined) continue;
           process.kill(service.pid, 'SIGKILL');

@@ -93,12 +93,15 @@ export class MetadataConnection {
     this.#options = {
       callTimeoutMs: 10_000,
       waitForSessionMs: 3000,
-      reconnectFirstMs: 100,
-      reconnectMostMs: 3000,
+      reconnectFirstMs: 50,
+      reconnectMostMs: 500,
       ...options,
     };
     const channel = {
       ...clientOptions,
+      // One connection a node, and every revocation that waits for this agent ends in a fence: be there soon.
+      'grpc.initial_reconnect_backoff_ms': 100,
+      'grpc.max_reconnect_backoff_ms': 500,
       'grpc.keepalive_time_ms': 5000,
       'grpc.keepalive_timeout_ms': 5000,
       'grpc.keepalive_permit_without_calls': 1,
