@@ -1,4 +1,5 @@
 /** The running service's centre: the store, who this service is, and the one way to decide something. */
+import { setMaxListeners } from 'node:events';
 import type { Logger } from '@holdfast/common';
 import type { Decision } from '../model/decision.ts';
 import { applyHost } from '../model/hosts.ts';
@@ -28,7 +29,7 @@ export class Core implements Surroundings {
   readonly refusals = new Map<string, string>();
   /** Told of every audit record once it is durable. */
   onAudit: (entry: AuditEntry) => void = () => undefined;
-  #waiting: (() => void)[] = [];
+  #waiting = new Set<() => void>();
 
   private constructor(store: Store, surroundings: Surroundings, service: ServiceRecord) {
     this.store = store;
@@ -36,6 +37,8 @@ export class Core implements Surroundings {
     this.logger = surroundings.logger;
     this.newId = surroundings.newId;
     this.service = service;
+    // As many operations as there are may wait for it.
+    setMaxListeners(0, this.stopped.signal);
   }
 
   /** Begins a term: it grows with every start, and every fence under way starts again from its page. */
@@ -90,15 +93,25 @@ export class Core implements Surroundings {
   /** Wakes everybody who waits: something was decided, or an agent came or went. */
   changed(): void {
     const waiting = this.#waiting;
-    this.#waiting = [];
+    this.#waiting = new Set();
     for (const wake of waiting) wake();
   }
 
   /** Resolves at the next change, after `ms`, or when a signal is aborted; says nothing about which. */
   async nextChange(ms: number, signal?: AbortSignal): Promise<void> {
+    if (this.stopped.signal.aborted || signal?.aborted) return;
     const done = new AbortController();
-    const signals = [done.signal, this.stopped.signal, ...(signal === undefined ? [] : [signal])];
-    this.#waiting.push(() => done.abort());
-    await this.clock.sleep(ms, AbortSignal.any(signals));
+    const wake = (): void => done.abort();
+    this.#waiting.add(wake);
+    signal?.addEventListener('abort', wake, { once: true });
+    await this.clock.sleep(ms, done.signal);
+    signal?.removeEventListener('abort', wake);
+    this.#waiting.delete(wake);
+  }
+
+  /** Everything that waits ends now. What is unfinished is in the store. */
+  stop(): void {
+    this.stopped.abort();
+    this.changed();
   }
 }

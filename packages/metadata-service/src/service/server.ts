@@ -94,8 +94,7 @@ export async function startMetadataService(options: MetadataServiceOptions): Pro
     const metadata = new MetadataApi(core, sessions, operations).handlers();
     operations.start();
     undo.push(async () => {
-      core.stopped.abort();
-      core.changed();
+      core.stop();
       await operations.stop();
     });
     const server = await serve(
@@ -108,8 +107,7 @@ export async function startMetadataService(options: MetadataServiceOptions): Pro
     );
     // Waiting calls are answered by the core's stop, which comes first.
     undo.push(async () => {
-      core.stopped.abort();
-      core.changed();
+      core.stop();
       for (const session of sessions.all()) session.link.end('The metadata service stops.');
       await server.close(2000);
     });

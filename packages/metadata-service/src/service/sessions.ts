@@ -74,6 +74,9 @@ export class Sessions {
 
   constructor(core: Core) {
     this.#core = core;
+    core.stopped.signal.addEventListener('abort', () => {
+      for (const session of this.#sessions.values()) this.#abandon(session, 'The metadata service stops.');
+    });
   }
 
   all(): Session[] {
@@ -104,11 +107,13 @@ export class Sessions {
   detach(session: Session): void {
     if (this.#sessions.get(session.nodeId) !== session) return;
     this.#sessions.delete(session.nodeId);
-    for (const pending of session.pending.values()) {
-      pending.reject(new OrderFailed('UNREACHABLE', `The agent of ${session.nodeId} went away.`));
-    }
-    session.pending.clear();
+    this.#abandon(session, `The agent of ${session.nodeId} went away.`);
     this.#core.changed();
+  }
+
+  #abandon(session: Session, why: string): void {
+    for (const pending of session.pending.values()) pending.reject(new OrderFailed('UNREACHABLE', why));
+    session.pending.clear();
   }
 
   /** Sends an order under this service's term. @throws OrderFailed */
@@ -119,7 +124,7 @@ export class Sessions {
     timeoutMs: number,
   ): Promise<OrderResult__Output> {
     const session = this.#sessions.get(nodeId);
-    if (session === undefined) {
+    if (session === undefined || this.#core.stopped.signal.aborted) {
       throw new OrderFailed('UNREACHABLE', `The agent of ${nodeId} is not connected.`);
     }
     const orderId = this.#core.newId();
@@ -136,8 +141,7 @@ export class Sessions {
             ...body,
           },
         });
-        const stop = AbortSignal.any([timer.signal, this.#core.stopped.signal]);
-        void this.#core.clock.sleep(timeoutMs, stop).then(() => {
+        void this.#core.clock.sleep(timeoutMs, timer.signal).then(() => {
           reject(new OrderFailed('TIMEOUT', `The agent of ${nodeId} did not answer within ${timeoutMs} ms.`));
         });
       });

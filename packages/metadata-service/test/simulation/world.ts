@@ -7,7 +7,14 @@
 import { EventEmitter } from 'node:events';
 import { Metadata, type ServerDuplexStream, type handleUnaryCall } from '@grpc/grpc-js';
 import { createLogger, fromServiceError, HoldfastError, type Logger } from '@holdfast/common';
-import type { AgentMessage__Output, Grant, HostRef, Order, OrderResult, ServiceMessage } from '@holdfast/proto';
+import type {
+  AgentMessage__Output,
+  Grant,
+  HostRef,
+  Order,
+  OrderResult,
+  ServiceMessage,
+} from '@holdfast/proto';
 import { AgentsApi } from '../../src/service/agents-service.ts';
 import { Core } from '../../src/service/core.ts';
 import { MetadataApi } from '../../src/service/metadata-service.ts';
@@ -22,6 +29,8 @@ export const renewMs = 2000;
 export const drainMs = 1000;
 export const slabCount = 256;
 export const poolUuid = '00000000-0000-4000-8000-00000000000a';
+
+type SessionHandler = (stream: ServerDuplexStream<AgentMessage__Output, ServiceMessage>) => void;
 
 export type SimClass = 'FENCING_CLASS_LOOP' | 'FENCING_CLASS_LEASE_ONLY';
 
@@ -59,6 +68,8 @@ export class Engine {
   stopped = false;
   leaseUntilMs = 0;
   inFlight = 0;
+  /** Its machine was reset: what was queued never reaches the disk. */
+  reset = false;
   readonly volumes = new Map<string, OpenVolume>();
   readonly stock: { slab: number; generation: bigint }[] = [];
   readonly node: SimNode;
@@ -88,8 +99,10 @@ export class World {
   writes = 0;
   readonly violations: string[] = [];
   core: Core | undefined;
+  /** Told of every write that reaches the disk. */
+  checkWrite: (engine: Engine, volume: OpenVolume) => void = () => undefined;
   #handlers: Record<string, handleUnaryCall<object, object>> = {};
-  #session: ((stream: ServerDuplexStream<AgentMessage__Output, ServiceMessage>) => void) | undefined;
+  #session: SessionHandler | undefined;
   #operations: Operations | undefined;
   readonly streams = new Set<SimStream>();
   #ids = 0;
@@ -111,11 +124,15 @@ export class World {
   }
 
   async startService(): Promise<void> {
-    const core = await Core.open(this.store, { clock: this.clock, logger: this.logger, newId: () => this.id() });
+    const core = await Core.open(this.store, {
+      clock: this.clock,
+      logger: this.logger,
+      newId: () => this.id(),
+    });
     const sessions = new Sessions(core);
     const operations = new Operations(core, sessions);
     const agents = new AgentsApi(core, sessions).handlers();
-    this.#session = agents.Session as typeof this.#session;
+    this.#session = agents.Session;
     this.#handlers = { ...new MetadataApi(core, sessions, operations).handlers(), ...agents } as never;
     operations.start();
     this.core = core;
@@ -125,7 +142,7 @@ export class World {
   async stopService(): Promise<void> {
     const core = this.core;
     this.core = undefined;
-    core?.stopped.abort();
+    core?.stop();
     for (const stream of this.streams) stream.cut();
     await this.#operations?.stop();
   }
@@ -151,7 +168,7 @@ export class World {
         const call = Object.assign(new EventEmitter(), {
           request: complete(method, request),
           metadata: new Metadata(),
-          getDeadline: () => Date.now() + timeoutMs,
+          getDeadline: () => Infinity, // real time; `cancelled` is the deadline here
         });
         const cancel = this.clock.after(timeoutMs, () => call.emit('cancelled'));
         handler(call as never, (error, value) => {
@@ -177,7 +194,8 @@ export class World {
         return await this.rpc<T>(method, named);
       } catch (error) {
         const code = error instanceof HoldfastError ? error.code : '';
-        if (!['UNAVAILABLE', 'DEADLINE_EXCEEDED', 'OPERATION_PENDING'].includes(code) || !alive()) throw error;
+        if (!['UNAVAILABLE', 'DEADLINE_EXCEEDED', 'OPERATION_PENDING'].includes(code) || !alive())
+          throw error;
         await this.clock.sleep(100 + this.rng.below(400));
       }
     }
@@ -194,7 +212,10 @@ export class World {
 
 function thrown(error: unknown): Error {
   const status = error as { code: number; details: string; metadata?: Metadata };
-  const shaped = Object.assign(new Error(status.details), { ...status, metadata: status.metadata ?? new Metadata() });
+  const shaped = Object.assign(new Error(status.details), {
+    ...status,
+    metadata: status.metadata ?? new Metadata(),
+  });
   return fromServiceError(shaped) as Error;
 }
 
@@ -214,7 +235,10 @@ function complete(method: string, request: object): object {
 
 /** The session stream of one agent: messages keep their order, each way. */
 export class SimStream {
-  readonly serverSide = new EventEmitter() as EventEmitter & { write(message: ServiceMessage): void; end(): void };
+  readonly serverSide = new EventEmitter() as EventEmitter & {
+    write(message: ServiceMessage): void;
+    end(): void;
+  };
   readonly #world: World;
   #over = false;
   readonly #onEnd: () => void;
@@ -387,7 +411,8 @@ export class SimNode {
     if (!order || this.engine?.frozen) return; // a frozen agent answers nothing, ever
     const stream = this.stream;
     void this.#carryOut(order).then((result) => {
-      if (this.engine?.frozen !== true) stream?.send({ order_result: { ...emptyResult, ...result, order_id: order.order_id } });
+      if (this.engine?.frozen !== true)
+        stream?.send({ order_result: { ...emptyResult, ...result, order_id: order.order_id } });
     });
   }
 
@@ -414,7 +439,9 @@ export class SimNode {
     body()
       .catch((error: unknown) => {
         if (!(error instanceof HoldfastError) || error.code === 'INTERNAL') {
-          this.world.violated(`${this.nodeId} ${key}: ${error instanceof Error ? error.stack : String(error)}`);
+          this.world.violated(
+            `${this.nodeId} ${key}: ${error instanceof Error ? error.stack : String(error)}`,
+          );
         }
       })
       .finally(() => busy.delete(key));
@@ -534,7 +561,7 @@ export class SimNode {
     for (const [slab, page] of this.world.disk.pages) {
       if ((page.layerId === layerId) !== told.has(slab)) {
         this.world.violated(
-          `${this.nodeId} opens ${uuid} under ${grant.epoch}: slab ${slab} is layer ${page.layerId}'s on disk, ` +
+          `${this.nodeId} opens ${uuid} under ${String(grant.epoch)}: slab ${slab} is layer ${page.layerId}'s on disk, ` +
             `and the grant of layer ${layerId} ${told.has(slab) ? 'has' : 'lacks'} it`,
         );
       }
@@ -612,12 +639,15 @@ export class SimNode {
     world.clock.after(world.rng.below(slow), () => {
       engine.inFlight -= 1;
       volume.inFlight -= 1;
+      if (engine.reset) return;
       world.writes += 1;
       world.checkWrite(engine, volume);
       if (fresh === undefined) return;
       const page = world.disk.pages.get(fresh.slab);
       if (page !== undefined) {
-        world.violated(`slab ${fresh.slab} is claimed for layer ${volume.layerId} while layer ${page.layerId} has it`);
+        world.violated(
+          `slab ${fresh.slab} is claimed for layer ${volume.layerId} while layer ${page.layerId} has it`,
+        );
       }
       world.disk.pages.set(fresh.slab, { layerId: volume.layerId, generation: fresh.generation });
       volume.unreported.push(fresh);
@@ -640,7 +670,9 @@ export class SimNode {
       if (world.disk.locks.get(this.lockPath) === engine) world.disk.locks.delete(this.lockPath);
       if (then === 'join' || engine.stopped || this.engine !== engine) return;
       const next = new Engine(this, engine.host);
-      for (const [uuid, volume] of engine.volumes) if (volume.open) next.volumes.set(uuid, volume);
+      // Half-way through a close or a revocation too: the keeper has every volume that is not closed.
+      for (const [uuid, volume] of engine.volumes)
+        next.volumes.set(uuid, Object.assign(volume, { open: true }));
       next.stock.push(...engine.stock);
       world.disk.locks.set(this.lockPath, next);
       this.engine = next;
@@ -660,6 +692,7 @@ export class SimNode {
     if (engine === undefined) return;
     // A machine that is reset takes its queued I/O with it.
     engine.alive = false;
+    engine.reset = true;
     engine.volumes.clear();
     this.engine = undefined;
     world.disk.locks.delete(this.lockPath);
@@ -673,7 +706,8 @@ export class SimNode {
     this.world.clock.after(ms, () => {
       engine.frozen = false;
       // After a gap longer than the lease it looks at its fence page and every record before it goes on.
-      if (this.world.disk.fenced.has(`${engine.host.host_id}/${engine.generation}`) && engine.alive) this.#stop(engine);
+      if (this.world.disk.fenced.has(`${engine.host.host_id}/${engine.generation}`) && engine.alive)
+        this.#stop(engine);
     });
   }
 
@@ -683,7 +717,8 @@ export class SimNode {
     const { disk, clock } = this.world;
     const mine = { incarnation: BigInt(String(order.incarnation)), term: BigInt(String(order.term)) };
     const page = { incarnation: BigInt(disk.authority.incarnation), term: BigInt(disk.authority.term) };
-    const older = mine.incarnation < page.incarnation || (mine.incarnation === page.incarnation && mine.term < page.term);
+    const older =
+      mine.incarnation < page.incarnation || (mine.incarnation === page.incarnation && mine.term < page.term);
     if (older) return { error_code: 'HF_STALE', error_message: 'an older term.' };
     if (order.claim_authority) {
       const claimed = {
@@ -693,17 +728,21 @@ export class SimNode {
       };
       disk.authority = claimed;
       await clock.sleep(Number(order.claim_authority.wait_ms));
-      return disk.authority === claimed ? {} : { error_code: 'HF_STALE', error_message: 'somebody else claimed it.' };
+      return disk.authority === claimed
+        ? {}
+        : { error_code: 'HF_STALE', error_message: 'somebody else claimed it.' };
     }
     if (order.test_lock) return { lock_free: !disk.locks.has(order.test_lock.lock_path ?? '') };
-    if (order.revoke) return await this.#revoke(order.revoke.volume_uuid ?? '', BigInt(String(order.revoke.epoch)));
+    if (order.revoke)
+      return await this.#revoke(order.revoke.volume_uuid ?? '', BigInt(String(order.revoke.epoch)));
     const engine = this.engine;
     if (engine === undefined || !engine.canSubmit(clock.monotonicMs())) {
       return { error_code: 'UNAVAILABLE', error_message: 'not a live host.' };
     }
     await clock.sleep(this.world.rng.below(30));
     if (order.write_fence) {
-      if (!engine.canSubmit(clock.monotonicMs())) return { error_code: 'HF_LEASE_EXPIRED', error_message: 'too late.' };
+      if (!engine.canSubmit(clock.monotonicMs()))
+        return { error_code: 'HF_LEASE_EXPIRED', error_message: 'too late.' };
       disk.fenced.add(`${order.write_fence.host_id}/${String(order.write_fence.generation)}`);
       return {};
     }
@@ -766,10 +805,13 @@ export class SimNode {
     if (volume.epoch !== epoch) return { error_code: 'STALE', error_message: 'another epoch.' };
     volume.open = false;
     while (volume.inFlight > 0) await this.world.clock.sleep(20);
-    if (!engine.canSubmit(this.world.clock.monotonicMs())) return { error_code: 'HF_IO', error_message: 'no lease.' };
+    if (!engine.canSubmit(this.world.clock.monotonicMs()))
+      return { error_code: 'HF_IO', error_message: 'no lease.' };
     engine.volumes.delete(uuid);
     this.world.disk.records.set(uuid, { epoch, state: 'closed' });
     const claimed = volume.unreported.map((one) => claim(volume, one.slab, one.generation));
+    // The answer may get lost; what it says must not.
+    this.#returns.push({ host: engine.host, uuid, epoch, claimed });
     return { revoked: { epoch: epoch.toString(), was_open: true, claimed } };
   }
 }

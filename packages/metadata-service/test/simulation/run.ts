@@ -1,0 +1,216 @@
+/** One seeded run: a storm of faults over volumes that move between nodes, then quiet, in which everything must work again. */
+import { HoldfastError } from '@holdfast/common';
+import type { Volume } from '@holdfast/proto';
+import { Checks } from './checks.ts';
+import { poolUuid, World, type SimClass, type SimNode } from './world.ts';
+
+const stormMs = 8 * 60_000;
+const quietMs = 6 * 60_000;
+const volumes = 5;
+
+export interface Outcome {
+  violations: string[];
+  /** What happened, so that a run in which nothing does is noticed. */
+  writes: number;
+  granted: number;
+  deaths: number;
+  restarts: number;
+}
+
+export async function simulate(seed: number, fencing: SimClass): Promise<Outcome> {
+  const world = new World(seed, 3, fencing);
+  const checks = new Checks(world);
+  world.checkWrite = (engine, volume) => checks.checkWrite(engine, volume);
+  await world.startService();
+  for (const node of world.nodes) node.start();
+  const faults = new Faults(world);
+  faults.start();
+  const lives = Array.from({ length: volumes }, (_, n) => new VolumeLife(world, `pvc-${n}`));
+  for (const life of lives) life.start();
+  every(world, 30, 60, () => world.rng.pick(world.nodes)?.write());
+  every(world, 40_000, 0, () => checks.checkSlabs());
+
+  await world.clock.run(stormMs, () => checks.afterStep());
+  world.stormy = false;
+  await faults.end();
+  for (const life of lives) life.wind();
+  await world.clock.run(stormMs + quietMs, () => checks.afterStep());
+  for (const life of lives) {
+    if (!life.proved) world.violated(`${life.name} did not become usable again: ${life.doing}`);
+  }
+  checks.checkSlabs();
+  await world.stopService();
+  return {
+    violations: world.violations,
+    writes: world.writes,
+    granted: checks.granted,
+    deaths: checks.deaths,
+    restarts: faults.restarts,
+  };
+}
+
+function every(world: World, ms: number, jitterMs: number, body: () => void): void {
+  const tick = (): void => {
+    body();
+    world.clock.after(ms + world.rng.below(jitterMs + 1), tick);
+  };
+  world.clock.after(ms, tick);
+}
+
+class Faults {
+  readonly #world: World;
+  #ended = false;
+  #down = false;
+  restarts = 0;
+
+  constructor(world: World) {
+    this.#world = world;
+  }
+
+  start(): void {
+    const { rng, clock } = this.#world;
+    const tick = (): void => {
+      if (this.#ended) return;
+      clock.after(500 + rng.below(12_000), tick);
+      const node = rng.pick(this.#world.nodes) as SimNode;
+      switch (rng.below(7)) {
+        case 0:
+          return node.killEngine('adopt');
+        case 1:
+          return node.killEngine('join');
+        case 2:
+          return node.reboot();
+        case 3:
+        case 4:
+          return node.freeze(rng.below(45_000));
+        case 5:
+          return node.stream?.cut();
+        default:
+          void this.#restart(rng.below(8000));
+      }
+    };
+    clock.after(5000, tick);
+  }
+
+  async #restart(downMs: number): Promise<void> {
+    if (this.#down) return;
+    this.#down = true;
+    this.restarts += 1;
+    await this.#world.stopService();
+    await this.#world.clock.sleep(downMs);
+    await this.#world.startService();
+    this.#down = false;
+  }
+
+  async end(): Promise<void> {
+    this.#ended = true;
+  }
+}
+
+/** A volume as Kubernetes uses it: created, published here and there, staged, taken back gracefully or not, deleted, made again. */
+class VolumeLife {
+  readonly name: string;
+  readonly #world: World;
+  doing = 'nothing';
+  #winding = false;
+  proved = false;
+
+  constructor(world: World, name: string) {
+    this.#world = world;
+    this.name = name;
+  }
+
+  start(): void {
+    this.#run().catch((error: unknown) => {
+      this.#world.violated(
+        `${this.name} while ${this.doing}: ${error instanceof Error ? error.stack : String(error)}`,
+      );
+    });
+  }
+
+  /** From now on: one whole round has to succeed. */
+  wind(): void {
+    this.#winding = true;
+  }
+
+  async #run(): Promise<void> {
+    const { rng, clock } = this.#world;
+    let uuid = await this.#create();
+    while (!this.proved) {
+      const winding = this.#winding;
+      const node = rng.pick(this.#world.nodes) as SimNode;
+      const publishId = await this.#publish(uuid, node);
+      node.wanted.set(uuid, publishId);
+      this.doing = `waiting for ${node.nodeId} to open it`;
+      const opened = await this.#opened(uuid, node, winding ? Infinity : 20_000);
+      await clock.sleep(rng.below(30_000));
+      if (winding && opened) this.proved = true;
+      // Gracefully, or while it is in use; the kubelet of a dead node tells nobody.
+      if (rng.chance(0.6)) {
+        node.wanted.delete(uuid);
+        await clock.sleep(rng.below(4000));
+      }
+      await this.#unpublish(uuid, node);
+      node.wanted.delete(uuid);
+      if (rng.chance(0.2)) {
+        this.doing = 'deleting it';
+        await this.#until('DeleteVolume', { uuid });
+        uuid = await this.#create();
+      }
+    }
+    this.doing = 'done';
+  }
+
+  async #create(): Promise<string> {
+    this.doing = 'creating it';
+    const volume = await this.#until<Volume>('CreateVolume', {
+      name: this.name,
+      size_bytes: String(1 << 30),
+      pool_uuids: [poolUuid],
+    });
+    return volume.uuid ?? '';
+  }
+
+  async #publish(uuid: string, node: SimNode): Promise<string> {
+    this.doing = `publishing it to ${node.nodeId}`;
+    const answer = await this.#until<{ publish_id: string }>('PublishVolume', {
+      uuid,
+      node_id: node.nodeId,
+      access_mode: 'ACCESS_MODE_SINGLE_NODE_WRITER',
+    });
+    return answer.publish_id;
+  }
+
+  async #unpublish(uuid: string, node: SimNode): Promise<void> {
+    this.doing = `unpublishing it from ${node.nodeId}`;
+    await this.#until('UnpublishVolume', { uuid, node_id: node.nodeId });
+  }
+
+  /** A new request id each time, as a controller does that forgot the last one. */
+  async #until<T>(method: string, request: object): Promise<T> {
+    for (;;) {
+      try {
+        return await this.#world.rpc<T>(method, { ...request, request_id: this.#world.id() }, 15_000);
+      } catch (error) {
+        this.doing = `${this.doing.split(' (')[0]} (${error instanceof Error ? error.message : String(error)})`;
+        if (
+          !(error instanceof HoldfastError) ||
+          error.code === 'INTERNAL' ||
+          error.code === 'INVALID_ARGUMENT'
+        )
+          throw error;
+        await this.#world.clock.sleep(500 + this.#world.rng.below(1000));
+      }
+    }
+  }
+
+  async #opened(uuid: string, node: SimNode, waitMs: number): Promise<boolean> {
+    const { clock } = this.#world;
+    const end = clock.monotonicMs() + waitMs;
+    while (clock.monotonicMs() < end) {
+      if (node.engine?.volumes.get(uuid)?.open === true) return true;
+      await clock.sleep(200);
+    }
+    return false;
+  }
+}
