@@ -90,7 +90,11 @@ void seal(void* page, uint32_t magic, const format::Uuid& pool, uint64_t address
 PageState verify_any_pool(const void* page, uint32_t magic, uint64_t address) {
   const PageHeader header = header_of(page);
   // Version and CRC keep their place and meaning in every future version, so that "newer" can be told from "damaged".
-  if (header.magic != magic) return is_zero(page, kPageSize) ? PageState::kBlank : PageState::kBadMagic;
+  if (header.magic != magic) {
+    if (header.magic != 0) return PageState::kBadMagic;
+    // No magic but something else: the first write of the page was torn, and its first sector is the one that is missing.
+    return is_zero(page, kPageSize) ? PageState::kBlank : PageState::kBadCrc;
+  }
   if (header.crc32c != page_crc(page)) return PageState::kBadCrc;
   if (header.version > format::kVersion) return PageState::kNewerVersion;
   if (header.version == 0) return PageState::kBadMagic;
