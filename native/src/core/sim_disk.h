@@ -1,0 +1,106 @@
+// A disk that forgets: the fault model of the crash test (STYLE: written down at the top).
+//
+//   - Requests complete in any order, when the simulation says so. Writes in flight have no order among each other.
+//   - A completed write is in the volatile cache. It is durable only by FUA, or by a flush submitted after its
+//     completion. A flush promises nothing about writes that were still in flight when it was submitted.
+//   - A power cut decides for each 4 KiB block on its own which of its versions since the last durable one survives, the
+//     durable one included, those of writes in flight included. In pages (the metadata areas) each 512-byte sector
+//     decides for itself, so they tear; data blocks do not (data has no checksum, and devices write 4 KiB whole).
+//   - The cache may have written back anything before: a version that survives needs no flush.
+//   - A discarded block reads as what it was, as zeros or as garbage, until it is written.
+//   - A failed write, or one whose process was killed, may have been carried out in part, or whole; a page may be torn by
+//     it, too. A failed flush may have flushed.
+//   - Data blocks that were never written read as garbage that names them, never as zeros.
+//
+// Not thread-safe. Contents are kept small: a block that repeats one 8-byte word costs that word.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <vector>
+
+#include "block_device.h"
+
+namespace holdfast {
+
+// xoshiro-like small generator: the same seed gives the same run on every machine.
+class SimRandom {
+ public:
+  explicit SimRandom(uint64_t seed) : state_(seed * 0x9e3779b97f4a7c15u + 0x1234567) {}
+  uint64_t next() {
+    uint64_t z = (state_ += 0x9e3779b97f4a7c15u);
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return z ^ (z >> 31);
+  }
+  uint64_t below(uint64_t n) { return next() % n; }
+  bool chance(uint32_t per_mille) { return next() % 1000 < per_mille; }
+
+ private:
+  uint64_t state_;
+};
+
+class SimDisk final : public BlockDevice {
+ public:
+  // `is_page(block)`: whether this 4 KiB block is metadata (zero when never written, tears) or data.
+  SimDisk(uint64_t size_bytes, uint64_t seed, std::function<bool(uint64_t block)> is_page);
+  uint64_t size_bytes() const override { return size_bytes_; }
+  void submit(IoRequest* request) override;
+
+  size_t in_flight() const { return flights_.size(); }
+  // Completes one request, chosen at random; done() runs inside.
+  void complete_one();
+  // Per mille of requests that fail from now on.
+  void set_errors(uint32_t per_mille) { errors_ = per_mille; }
+  // The process that submitted is dead: each write in flight lands or does not, and from now on every request fails
+  // without effect, until revive().
+  void kill();
+  void revive() { dead_ = false; }
+  // Power: what is not durable is decided, as above. In flight must be nothing that lives (kill() first).
+  void cut_power();
+
+  // What a read would see now. For checks from outside.
+  void peek(uint64_t offset, void* to, size_t length) const;
+  // Durably, at once. For setting things up from outside.
+  void poke(uint64_t offset, const void* from, size_t length);
+
+
+ private:
+  struct Content {
+    uint64_t word = 0;  // repeated, if `bytes` is null
+    std::shared_ptr<std::byte[]> bytes;
+  };
+  struct Version {
+    uint64_t sequence;
+    Content content;
+  };
+  struct Block {
+    Content durable;
+    std::vector<Version> versions;  // oldest first
+  };
+  struct Flight {
+    IoRequest* request;
+    uint64_t sequence;  // of the last applied write when this was submitted
+  };
+  static Content content_of(const std::byte* memory);
+  static void render(const Content& content, std::byte* to);
+  Content untouched(uint64_t block) const;
+  Block& block_at(uint64_t block);
+  void apply(uint64_t block, Content content, bool durable);
+  void carry_out(const IoRequest& request, uint64_t submitted, uint32_t partly);
+
+  uint64_t size_bytes_;
+  SimRandom random_;
+  std::function<bool(uint64_t)> is_page_;
+  std::map<uint64_t, Block> blocks_;
+  std::vector<uint64_t> unsettled_;  // blocks with versions
+  std::vector<Flight> flights_;
+  uint64_t sequence_ = 1;
+  uint32_t errors_ = 0;
+  bool dead_ = false;
+};
+
+}  // namespace holdfast
