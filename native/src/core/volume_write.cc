@@ -200,7 +200,6 @@ bool VolumeImpl::apply(RequestState* state, Extent& extent) {
       extent.unapplied = true;
       return false;
     }
-    if ((entry.data | entry.zero) == 0) touch_limbo(extent.slab, index);
     set_entry(extent.slab, index, after);
     mark_dirty(*image);
   }
