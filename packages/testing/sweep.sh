@@ -23,6 +23,7 @@ if [ -n "$watch" ]; then
 fi
 
 pids=()
+loops=()
 for environ in /proc/[0-9]*/environ; do
   pid=${environ#/proc/}
   pid=${pid%/environ}
@@ -32,6 +33,11 @@ for environ in /proc/[0-9]*/environ; do
     [ "$(awk '{ sub(/.*\) /, ""); print $1 }' "/proc/$pid/stat" 2>/dev/null)" = Z ] && continue
     pids+=("$pid")
     echo "process $pid: $(tr '\0' ' ' <"/proc/$pid/cmdline" 2>/dev/null | cut -c1-160)"
+    for fd in /proc/"$pid"/fd/*; do
+      device=$(readlink "$fd" 2>/dev/null)
+      # A loop device over the file of a FUSE server that dies now (its own mount is detached, so the path says nothing).
+      [[ $device =~ ^/dev/loop[0-9]+$ && $(cat "/sys/block/${device#/dev/}/loop/backing_file" 2>/dev/null) == / ]] && loops+=("$device")
+    done
     for fdinfo in /proc/"$pid"/fdinfo/*; do
       connection=$(sed -n 's/^fuse_connection:[[:space:]]*//p' "$fdinfo" 2>/dev/null)
       [ -n "$connection" ] && echo 1 2>/dev/null >"/sys/fs/fuse/connections/$connection/abort"
@@ -64,6 +70,10 @@ for backing in /sys/block/loop*/loop/backing_file; do
       losetup -d "$device" 2>/dev/null
       ;;
   esac
+done
+
+for device in $(printf '%s\n' "${loops[@]}" | sort -u); do
+  losetup -d "$device" 2>/dev/null && echo "loop device $device of an ended FUSE server"
 done
 
 [ -n "$watch" ] && rm -rf --one-file-system "$dir"

@@ -25,36 +25,21 @@ interface Volume {
   state: 'open' | 'held' | 'revoked' | 'fenced';
 }
 
-/** Where grants come from when the stand-in is a real host on a metadata service. */
-export interface Grants {
-  readonly poolUuid: string;
-  readonly nodeId: string;
-  /** The volume's size. */
-  open(volumeUuid: string, publishId: string): Promise<bigint>;
-  sizeOf(volumeUuid: string): Promise<bigint>;
-  close(volumeUuid: string): Promise<void>;
-}
-
 export class StandInAgent {
-  readonly poolUuid: string;
-  readonly nodeId: string;
+  readonly poolUuid = randomUUID();
+  readonly nodeId = 'node-a.0000abcd';
   readonly endpoint: string;
   readonly #area: TestArea;
   readonly #volumes = new Map<string, Volume>();
   #server: GrpcServer | undefined;
 
-  readonly #grants: Grants | undefined;
-
-  private constructor(area: TestArea, grants: Grants | undefined) {
+  private constructor(area: TestArea) {
     this.#area = area;
-    this.#grants = grants;
-    this.poolUuid = grants?.poolUuid ?? randomUUID();
-    this.nodeId = grants?.nodeId ?? 'node-a.0000abcd';
     this.endpoint = `unix:${area.path('agent.sock')}`;
   }
 
-  static async start(area: TestArea, grants?: Grants): Promise<StandInAgent> {
-    const agent = new StandInAgent(area, grants);
+  static async start(area: TestArea): Promise<StandInAgent> {
+    const agent = new StandInAgent(area);
     await agent.up();
     area.onDispose(() => agent.down());
     return agent;
@@ -73,7 +58,8 @@ export class StandInAgent {
   }
 
   /** A volume as a pool would have it: all zeros. Its handle. */
-  async addVolume(sizeBytes: number | bigint, uuid: string = randomUUID()): Promise<string> {
+  async addVolume(sizeBytes: number | bigint): Promise<string> {
+    const uuid = randomUUID();
     const file = this.#area.path(`volume-${uuid}.img`);
     await (await open(file, 'wx')).close();
     await truncate(file, Number(sizeBytes));
@@ -135,11 +121,6 @@ export class StandInAgent {
     };
     return {
       OpenVolume: unary(logger, 'OpenVolume', async (request: OpenVolumeRequest__Output) => {
-        if (this.#grants !== undefined) {
-          const size = await this.#grants.open(request.volume_uuid, request.publish_id);
-          if (!this.#volumes.has(request.volume_uuid)) await this.addVolume(size, request.volume_uuid);
-          await this.growTo(request.volume_uuid, size);
-        }
         const volume = this.#volume(request.volume_uuid);
         if (volume.state === 'fenced' || volume.state === 'revoked') {
           throw new HoldfastError('FENCED', `Volume ${volume.uuid} is ${volume.state}.`);
@@ -161,13 +142,10 @@ export class StandInAgent {
         });
         await probe.close();
         await this.forget(volume.uuid);
-        await this.#grants?.close(volume.uuid);
         return {};
       }),
       ResizeVolume: unary(logger, 'ResizeVolume', async (request: ResizeVolumeRequest__Output) => {
         const volume = opened(request.volume_uuid);
-        if (this.#grants !== undefined)
-          await this.growTo(volume.uuid, await this.#grants.sizeOf(volume.uuid));
         await volume.loop?.refresh();
         return { size_bytes: volume.sizeBytes.toString() };
       }),

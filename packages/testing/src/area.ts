@@ -64,6 +64,11 @@ export class TestArea {
     return new TestArea(await mkdtemp(join(tmpdir(), `holdfast-${name}-`)));
   }
 
+  /** Environment for processes that are started by others and shall die with the area. */
+  get mark(): Record<string, string> {
+    return { [AREA_MARK]: this.dir };
+  }
+
   path(...parts: string[]): string {
     return join(this.dir, ...parts);
   }
@@ -110,7 +115,7 @@ export class TestArea {
     const log = await open(logFile, 'a');
     const child = spawn(command, args, {
       cwd: options.cwd,
-      env: { ...process.env, ...options.env, [AREA_MARK]: this.dir },
+      env: { ...process.env, ...options.env, ...this.mark },
       stdio: ['ignore', log.fd, log.fd],
     });
     const ended = new Promise<number | NodeJS.Signals>((resolve) => {

@@ -1,4 +1,5 @@
 /** The node's agent, which opens and exports volumes, over its unix socket. */
+import { setTimeout as sleep } from 'node:timers/promises';
 import { credentials } from '@grpc/grpc-js';
 import { call, clientOptions, grpcTarget, HoldfastError, type CallContext } from '@holdfast/common';
 import {
@@ -13,6 +14,9 @@ import {
 /** Taken off the caller's deadline, so that our sentence arrives before the caller's own DEADLINE_EXCEEDED. */
 const ANSWER_MARGIN_MS = 250;
 const PATIENCE_MS = 120_000;
+/** The agent may be busy with the volume by itself (a new size came by its stream): it is asked again for so long. */
+const BUSY_MS = 5000;
+const BUSY_PAUSE_MS = 50;
 
 type Caller = Pick<CallContext, 'signal' | 'timeLeftMs'>;
 type Method = (...args: never[]) => unknown;
@@ -32,18 +36,28 @@ export class AgentApi {
 
   async #call<Res>(method: Method, request: object, caller: Caller): Promise<Res> {
     const left = caller.timeLeftMs();
-    const timeoutMs = left === undefined ? PATIENCE_MS : Math.max(1, left - ANSWER_MARGIN_MS);
-    try {
-      return await call<Res>(this.#client, method, request, { timeoutMs, signal: caller.signal });
-    } catch (error) {
-      if (error instanceof HoldfastError && error.code === 'UNAVAILABLE' && /connect/i.test(error.message)) {
+    const patience = left === undefined ? PATIENCE_MS : Math.max(1, left - ANSWER_MARGIN_MS);
+    const started = performance.now();
+    for (;;) {
+      const spent = performance.now() - started;
+      try {
+        return await call<Res>(this.#client, method, request, {
+          timeoutMs: Math.max(1, patience - spent),
+          signal: caller.signal,
+        });
+      } catch (error) {
+        if (!(error instanceof HoldfastError)) throw error;
+        if (error.code === 'OPERATION_PENDING' && spent < Math.min(BUSY_MS, patience)) {
+          await sleep(BUSY_PAUSE_MS);
+          continue;
+        }
+        if (error.code !== 'UNAVAILABLE' || !/connect/i.test(error.message)) throw error;
         throw new HoldfastError(
           'UNAVAILABLE',
           `This node's agent does not answer on ${this.#endpoint} (${error.message}). I/O of open volumes pauses until it is back; repeat the call then.`,
           { cause: error },
         );
       }
-      throw error;
     }
   }
 
