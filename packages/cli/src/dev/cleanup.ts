@@ -31,20 +31,28 @@ export async function unmountAll(directories: readonly string[], devices: Set<st
       if (/^\/dev\/loop\d+$/.test(mount.source)) devices.add(mount.source);
       if (mount.fsType === 'devtmpfs' && /^\/loop\d+$/.test(mount.root)) devices.add(`/dev${mount.root}`);
     }
+    const volumes = stillVolumes(devices);
     const wanted = all.filter(
-      (mount) => ours.includes(mount) || [...devices].some((device) => mountShows(mount, device)),
+      (mount) => ours.includes(mount) || volumes.some((device) => mountShows(mount, device)),
     );
     if (wanted.length === 0) return;
     for (const mount of wanted.toReversed()) await unmount(mount.mountPoint);
   }
 }
 
-/** A volume's loop device has no file that can be named; a device that was given to somebody else meanwhile has one. */
-async function detachVolumeDevices(devices: Iterable<string>): Promise<string[]> {
+/**
+ * Those that are attached and still a volume's: its file is the root of a detached mount ("/"); a device that was given
+ * to somebody else meanwhile has a file with a name.
+ */
+function stillVolumes(devices: Iterable<string>): string[] {
+  const attached = loopDevices();
+  return [...devices].filter((device) => (attached.get(device)?.length ?? 2) <= 1);
+}
+
+/** Detaches what is still a volume's; returns what could not be. */
+export async function detachVolumeDevices(devices: Iterable<string>): Promise<string[]> {
   const left: string[] = [];
-  for (const device of devices) {
-    const backing = loopDevices().get(device);
-    if (backing === undefined || backing.length > 1) continue;
+  for (const device of stillVolumes(devices)) {
     if (!(await detachLoop(device))) left.push(`loop device ${device}`);
   }
   return left;

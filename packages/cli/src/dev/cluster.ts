@@ -28,9 +28,9 @@ import { native, type FencingClass } from '@holdfast/native';
 import { holdfast, type NodeAgentClient } from '@holdfast/proto';
 import { credentials } from '@grpc/grpc-js';
 import { MetadataApi } from '../metadata.ts';
-import { cleanNode, cleanUp, unmountAll } from './cleanup.ts';
+import { cleanNode, cleanUp, detachVolumeDevices, unmountAll } from './cleanup.ts';
 import { ControlServer } from './control.ts';
-import { attachLoop, detachLoop, loopOver } from './mounts.ts';
+import { attachLoop, loopOver } from './mounts.ts';
 import { identify, isAlive, signal, waitGone } from './processes.ts';
 import { forgetDevCluster, registerDevCluster } from './registry.ts';
 import { readState, writeState, type DevNode, type DevProcess, type DevState, type Role } from './state.ts';
@@ -597,9 +597,7 @@ export class DevCluster {
     // Mounts go while the engines still serve them; then the agents leave their pools cleanly, and the rest ends.
     const devices = new Set(this.state.nodes.flatMap((node) => node.volumeDevices));
     await unmountAll([this.state.dir], devices);
-    for (const device of devices) {
-      if (!(await detachLoop(device))) this.#options.say(`${device} is still in use`);
-    }
+    for (const busy of await detachVolumeDevices(devices)) this.#options.say(`${busy} is still in use`);
     const agents = entries('agent');
     for (const agent of agents) signal(agent, 'SIGUSR1');
     await waitGone(agents, 3000);
