@@ -6,8 +6,8 @@
  * While it is away, an empty read-only tmpfs covers each mount point: who writes by path meanwhile gets an error instead of
  * a file beside the volume. The record says that this is under way, so a repeated call puts back what a killed one took.
  */
-import { constants, open } from 'node:fs/promises';
 import { HoldfastError, splitMountFlags } from '@holdfast/common';
+import { claimDevice } from '../mount/claim.ts';
 import { checkBeforeMount, growUnmounted } from '../mount/filesystem.ts';
 import { bindMount, mountDevice, mountGuard, unmountAll } from '../mount/mounter.ts';
 import { deviceNumber, deviceUnder, mountsAt, readMounts } from '../mount/mountinfo.ts';
@@ -65,7 +65,7 @@ export class IdleGrowth {
       await this.#step('grow:covered');
     }
     // Refused while another mount namespace, a container's, still has it mounted.
-    const claim = await open(device, constants.O_RDWR | constants.O_EXCL).catch((error: Error) => {
+    const claim = await claimDevice(device).catch((error: Error) => {
       throw inUse(record.volumeId, error.message);
     });
     await claim.close();

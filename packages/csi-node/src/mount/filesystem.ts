@@ -1,6 +1,7 @@
 /** What differs between ext4, xfs and btrfs: checking before a mount, mounting read-only, growing, reading the size. */
 import { open } from 'node:fs/promises';
 import { HoldfastError, type FileSystem } from '@holdfast/common';
+import { whileBusy } from './claim.ts';
 import { run, said } from './run.ts';
 
 /** A check that repairs is never cut short by a caller's deadline. */
@@ -72,7 +73,10 @@ export const readOnlyOptions: Record<FileSystem, readonly string[]> = {
  */
 export async function checkBeforeMount(device: string, fsType: FileSystem, fully = false): Promise<void> {
   if (fsType !== 'ext4') return;
-  const ran = await run('e2fsck', [...(fully ? ['-f'] : []), '-p', device], CHECK_MS);
+  const ran = await whileBusy(
+    () => run('e2fsck', [...(fully ? ['-f'] : []), '-p', device], CHECK_MS),
+    ({ exitCode }) => (exitCode & 8) !== 0,
+  );
   // e2fsck(8): bits; 1 corrected, 2 corrected and the system should reboot (meant for a root file system),
   // 4 errors left, 8 operational error, 16 usage, 32 cancelled, 128 library error.
   if ((ran.exitCode & ~3) === 0) return;

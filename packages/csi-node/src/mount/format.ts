@@ -7,9 +7,10 @@
  * superblock replaces the marker. That last write is the commit. A volume that shows the marker was blank before and
  * holds nothing but parts of that copy, so it may be zeroed and made anew.
  */
-import { constants, mkdir, mkdtemp, open, rm, truncate, type FileHandle } from 'node:fs/promises';
+import { mkdir, mkdtemp, open, rm, truncate, type FileHandle } from 'node:fs/promises';
 import { join } from 'node:path';
 import { HoldfastError, type FileSystem } from '@holdfast/common';
+import { claimDevice } from './claim.ts';
 import { run, said } from './run.ts';
 import type { Step } from './step.ts';
 
@@ -73,8 +74,7 @@ export async function format(request: FormatRequest, halfFormatted: boolean): Pr
       );
     }
     await request.step('format:image-made');
-    // O_EXCL on a block device: refused while it is mounted or claimed.
-    const device = await open(request.device, constants.O_RDWR | constants.O_EXCL);
+    const device = await claimDevice(request.device);
     const source = await open(image, 'r');
     try {
       await copy(request, source, device, await dataRanges(image), halfFormatted);

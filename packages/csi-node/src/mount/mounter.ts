@@ -2,6 +2,7 @@
 import { mkdir, open, readdir, rmdir, stat, statfs, unlink } from 'node:fs/promises';
 import { dirname } from 'node:path';
 import { HoldfastError } from '@holdfast/common';
+import { whileBusy } from './claim.ts';
 import { mountsAt, readMounts } from './mountinfo.ts';
 import { run, said, type Ran } from './run.ts';
 
@@ -20,7 +21,10 @@ export function mountDevice(
   options: readonly string[],
 ): Promise<Ran> {
   const flags = options.length > 0 ? ['-o', options.join(',')] : [];
-  return run('mount', ['-t', fsType, ...flags, device, target], MOUNT_MS);
+  return whileBusy(
+    () => run('mount', ['-t', fsType, ...flags, device, target], MOUNT_MS),
+    (ran) => ran.exitCode !== 0 && /already mounted or mount point busy/.test(ran.stderr),
+  );
 }
 
 export async function bindMount(source: string, target: string, readOnly: boolean): Promise<void> {
