@@ -94,6 +94,8 @@ export function encode(value: Value): string {
 }
 
 export function decode(text: string): unknown {
+  // Without any marked text there is nothing to revive, and parsing is several times as fast.
+  if (!text.includes('"#')) return JSON.parse(text) as unknown;
   return JSON.parse(text, (_key, item: unknown) => {
     if (typeof item !== 'string' || !item.startsWith('#')) return item;
     return item.startsWith('##') ? item.slice(1) : BigInt(item.slice(1));
