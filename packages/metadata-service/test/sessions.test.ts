@@ -114,13 +114,13 @@ describe('a pool', () => {
     const file = `${directory}/live.db`;
     const c = await start(`sqlite:${file}`);
     const disk = new FakeDisk();
-    await c.node('node-1', [disk]);
+    const first = await c.node('node-1', [disk]);
     const copy = `${directory}/old.db`;
     await c.service.store.backup?.(copy);
     for (let n = 0; n < 2; n++) {
       await c.restart();
-      await c.agents[0]!.connect();
-      await c.agents[0]!.accepted(disk);
+      await first.connect();
+      await first.accepted(disk);
     }
     expect(disk.authority.term).toBe('3');
     copyFileSync(copy, `${directory}/restored.db`);
@@ -317,11 +317,9 @@ describe('a session', () => {
         message: 'slab 3: copy A is bad',
       },
     });
-    await until(
-      async () =>
-        (await c.audit({ volume_uuid: uuid })).at(-1)?.detail === 'HF_CORRUPT: slab 3: copy A is bad',
-      'audit',
-    );
+    await expect
+      .poll(async () => (await c.audit({ volume_uuid: uuid })).at(-1)?.detail)
+      .toBe('HF_CORRUPT: slab 3: copy A is bad');
   });
 });
 

@@ -446,7 +446,7 @@ describe('a volume that the database does not know', () => {
     node.disconnect();
     await until(
       async () =>
-        (await c.rpc<{ nodes: { connected: boolean }[] }>('ListNodes')).nodes[0]?.connected === false,
+        (await c.rpc<{ nodes: { connected: boolean }[] }>('ListNodes')).nodes.every((one) => !one.connected),
       'away',
     );
     await expect(c.publish(uuid, node, { volume_context: context() })).rejects.toMatchObject({
