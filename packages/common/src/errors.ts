@@ -79,4 +79,12 @@ export function fromServiceError(error: unknown): unknown {
   );
 }
 
+/**
+ * False for an error that the connection gave (nobody listens, it broke off), true for one that the server answered with.
+ * Both may have the code UNAVAILABLE.
+ */
+export function answeredByServer(error: HoldfastError): boolean {
+  return !isServiceError(error.cause) || error.cause.metadata.get(CODE_TRAILER).length > 0;
+}
+
 export { status as GrpcStatus };

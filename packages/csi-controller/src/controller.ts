@@ -267,8 +267,16 @@ export class ControllerService {
       try {
         await this.#metadata.unpublishVolume(handle.volumeUuid, request.node_id, context);
       } catch (error) {
+        if (!(error instanceof HoldfastError)) throw error;
+        if (error.code === 'DEADLINE_EXCEEDED') {
+          throw new HoldfastError(
+            'DEADLINE_EXCEEDED',
+            `Taking volume ${request.volume_id} back from ${request.node_id || 'its nodes'} goes on without this call. Repeat the call: it joins what is under way. \`holdfast node show\` tells what it waits for.`,
+            { cause: error },
+          );
+        }
         // A volume that the service does not have is published nowhere.
-        if (!(error instanceof HoldfastError) || error.code !== 'NOT_FOUND') throw error;
+        if (error.code !== 'NOT_FOUND') throw error;
       }
       return {};
     });

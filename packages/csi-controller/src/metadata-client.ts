@@ -1,7 +1,14 @@
 /** The controller's one dependency: the metadata service, called within what is left of the CSI call's time. */
 import { randomUUID } from 'node:crypto';
 import { credentials, type ChannelCredentials } from '@grpc/grpc-js';
-import { call, clientOptions, grpcTarget, HoldfastError, type CallContext } from '@holdfast/common';
+import {
+  answeredByServer,
+  call,
+  clientOptions,
+  grpcTarget,
+  HoldfastError,
+  type CallContext,
+} from '@holdfast/common';
 import {
   holdfast,
   type CreateVolumeRequest,
@@ -41,7 +48,7 @@ export class MetadataApi {
     try {
       return await call<Res>(this.#client, method, request, { timeoutMs, signal: caller.signal });
     } catch (error) {
-      if (error instanceof HoldfastError && error.code === 'UNAVAILABLE') {
+      if (error instanceof HoldfastError && error.code === 'UNAVAILABLE' && !answeredByServer(error)) {
         throw new HoldfastError(
           'UNAVAILABLE',
           `The metadata service at ${this.#address} does not answer (${error.message}). Volumes that are open go on; repeat the call when it is back.`,

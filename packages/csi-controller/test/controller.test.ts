@@ -279,6 +279,9 @@ describe('the CSI controller', () => {
       b.freeze();
       b.disconnect();
       await expect(unpublish(volume.volume_id, b.nodeId, 300)).rejects.toEqual(code('DEADLINE_EXCEEDED'));
+      await expect(unpublish(volume.volume_id, b.nodeId, 1500)).rejects.toEqual(
+        code('DEADLINE_EXCEEDED', /joins what is under way/),
+      );
       const condition = await waitFor('the fence to show', async () => {
         const found = (await get(volume.volume_id)).status?.volume_condition;
         return found?.abnormal === true ? found : undefined;

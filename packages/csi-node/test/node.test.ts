@@ -303,6 +303,36 @@ describe('the CSI node plugin', () => {
     ).rejects.toEqual(code('INVALID_ARGUMENT', /contradict/));
   });
 
+  it('says that the kernel refuses a mount option, not that the volume is damaged', async () => {
+    const volume = await agent.addVolume(SIZE);
+    await expect(
+      client.stage(volume, staging, mountCapability('ext4', 'SINGLE_NODE_WRITER', ['no_such_option'])),
+    ).rejects.toEqual(code('INVALID_ARGUMENT', /no_such_option.*found no damage/));
+    await client.stage(volume, staging, mountCapability());
+    await takeDown(volume);
+  });
+
+  it('says that a volume was fenced while it was staged, instead of what its dead device answers', async () => {
+    const volume = await agent.addVolume(SIZE);
+    await client.stage(volume, staging, mountCapability());
+    await client.unstage(volume, staging);
+    await stop();
+    const endpoint = `unix:${area.path('csi.sock')}`;
+    node = await startCsiNode({
+      endpoint,
+      agent: agent.endpoint,
+      stateDir: area.path('state'),
+      step: async (name) => {
+        if (name === 'stage:recorded') await agent.kill(volume);
+      },
+    });
+    client = new NodeClient(endpoint);
+    await expect(client.stage(volume, staging, mountCapability())).rejects.toEqual(
+      code('FENCED', /was fenced while it was staged.*Publish it to this node again/),
+    );
+    await client.unstage(volume, staging);
+  });
+
   it('says which mkfs option is wrong, and the volume can be staged with better ones', async () => {
     const volume = await agent.addVolume(SIZE);
     const context = (mkfsOptions: string) => ({

@@ -1,7 +1,14 @@
 /** The node's agent, which opens and exports volumes, over its unix socket. */
 import { setTimeout as sleep } from 'node:timers/promises';
 import { credentials } from '@grpc/grpc-js';
-import { call, clientOptions, grpcTarget, HoldfastError, type CallContext } from '@holdfast/common';
+import {
+  answeredByServer,
+  call,
+  clientOptions,
+  grpcTarget,
+  HoldfastError,
+  type CallContext,
+} from '@holdfast/common';
 import {
   holdfast,
   type AgentInfo__Output,
@@ -51,7 +58,7 @@ export class AgentApi {
           await sleep(BUSY_PAUSE_MS);
           continue;
         }
-        if (error.code !== 'UNAVAILABLE' || !/connect/i.test(error.message)) throw error;
+        if (error.code !== 'UNAVAILABLE' || answeredByServer(error)) throw error;
         throw new HoldfastError(
           'UNAVAILABLE',
           `This node's agent does not answer on ${this.#endpoint} (${error.message}). I/O of open volumes pauses until it is back; repeat the call then.`,

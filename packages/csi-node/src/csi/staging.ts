@@ -114,7 +114,9 @@ export class Staging {
     await records.put(volumeUuid, now);
     await step('stage:recorded');
     if (wanted !== undefined && staged === undefined) {
-      await this.#mount(request, device, wanted, readOnly, context);
+      await this.#mount(request, device, wanted, readOnly, context).catch((error: unknown) =>
+        this.#explain(request, error, context),
+      );
     } else if (
       wanted !== undefined &&
       wanted !== 'ext4' &&
@@ -257,6 +259,21 @@ export class Staging {
     );
   }
 
+  /** A volume that was taken away meanwhile fails in many ways; the reason is one. */
+  async #explain(request: StageRequest, error: unknown, context: CallContext): Promise<never> {
+    const open = await this.#options.agent
+      .openInfo(request.handle.volumeUuid, context)
+      .catch(() => undefined);
+    if (open !== undefined && isDead(open.state)) {
+      throw new HoldfastError(
+        'FENCED',
+        `Volume ${request.volumeId} was ${open.state} while it was staged: ${open.reason} Publish it to this node again, then stage it.`,
+        { cause: error },
+      );
+    }
+    throw error;
+  }
+
   async #mount(
     request: StageRequest,
     device: string,
@@ -294,7 +311,7 @@ export class Staging {
     const options = readOnly ? [...flags.filter((flag) => flag !== 'ro'), ...readOnlyOptions[wanted]] : flags;
     await makeDirectory(request.stagingPath);
     const mounted = await mountDevice(device, request.stagingPath, wanted, options);
-    if (mounted.exitCode !== 0) throw await explainFailedMount(device, wanted, said(mounted));
+    if (mounted.exitCode !== 0) throw await explainFailedMount(device, wanted, said(mounted), flags);
     await step('stage:mounted');
     if (grows && wanted !== 'ext4') {
       await grow(device, request.stagingPath, wanted);

@@ -96,6 +96,7 @@ export async function explainFailedMount(
   device: string,
   fsType: FileSystem,
   mountSaid: string,
+  options: readonly string[],
 ): Promise<HoldfastError> {
   const [command, args, found] = (
     {
@@ -113,9 +114,15 @@ export async function explainFailedMount(
       'Publish the volume as raw block and repair it by hand.',
     );
   }
+  if (options.length > 0) {
+    return new HoldfastError(
+      'INVALID_ARGUMENT',
+      `${device} could not be mounted with the options ${options.join(',')} (${mountSaid}); a check found no damage. Take out what this kernel's ${fsType} does not know; its log names it.`,
+    );
+  }
   return new HoldfastError(
     'INTERNAL',
-    `${device} could not be mounted (${mountSaid}); a check found no damage. See the kernel log. Mount options that the kernel does not know fail like this too.`,
+    `${device} could not be mounted (${mountSaid}); a check found no damage. See the kernel log, then repeat the call.`,
   );
 }
 
