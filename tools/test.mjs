@@ -253,14 +253,18 @@ function native(name, options, extra = {}, ctestArgs = []) {
   };
 }
 
-/** The format crash test prints "seeds A..B: N passed, N failed"; a seed is a case. */
+/** The format crash test: a seed is a case. */
 const crash = (seeds) => async (env, minutes) => {
   const program = join(top, 'native/build-native/holdfast-crash-test');
-  const outcome = await run('crash', program, ['--seeds', seeds], { minutes, env });
-  const match = /(\d+) passed, (\d+) failed/.exec(outcome.output);
+  const outcome = await run('crash', program, ['--seeds', seeds, '--keep-going'], { minutes, env });
+  const match = /seeds (\d+)\.\.(\d+): (\d+) failed/.exec(outcome.output);
   if (!match) return { passed: 0, failed: 1, skipped: 0 };
-  const failed = Number(match[2]);
-  return { passed: Number(match[1]), failed: failed === 0 && outcome.code !== 0 ? 1 : failed, skipped: 0 };
+  const failed = Number(match[3]);
+  return {
+    passed: Number(match[2]) - Number(match[1]) + 1 - failed,
+    failed: failed === 0 && outcome.code !== 0 ? 1 : failed,
+    skipped: 0,
+  };
 };
 
 const library = (name) => execFileSync('gcc', [`-print-file-name=${name}`], { encoding: 'utf8' }).trim();
@@ -306,7 +310,7 @@ if (what === 'all') {
     })(env, minutes);
   });
 } else if (what === 'faults') {
-  await suite('faults', 60, vitest('faults', ['test/faults', 'native/test']));
+  await suite('faults', 60, vitest('faults', ['packages/cli/test/faults', 'native/test']));
 } else {
   console.error(`Unknown suite ${what}. Known: (none), crash, sanitize, faults.`);
   process.exit(2);
