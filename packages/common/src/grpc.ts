@@ -16,9 +16,12 @@ import {
 import { fromServiceError, HoldfastError, isServiceError, toGrpcStatus } from './errors.ts';
 import type { Logger } from './log.ts';
 
-const messageLimits: ChannelOptions & ServerOptions = {
+/** A peer that hangs or was cut off is noticed after 20 s at most, also where no message is under way but a stream is open. */
+const connectionOptions: ChannelOptions & ServerOptions = {
   'grpc.max_receive_message_length': 64 << 20,
   'grpc.max_send_message_length': 64 << 20,
+  'grpc.keepalive_time_ms': 10_000,
+  'grpc.keepalive_timeout_ms': 10_000,
 };
 
 /** `unix:/path`, `/path` or `host:port`, as grpc-js wants it. */
@@ -28,7 +31,7 @@ export function grpcTarget(endpoint: string): string {
 }
 
 export const clientOptions: ChannelOptions = {
-  ...messageLimits,
+  ...connectionOptions,
   'grpc.initial_reconnect_backoff_ms': 100,
   'grpc.min_reconnect_backoff_ms': 100,
   'grpc.max_reconnect_backoff_ms': 2000,
@@ -76,7 +79,7 @@ export async function serve(
       unlinkSync(path);
     }
   }
-  const server = new Server(messageLimits);
+  const server = new Server(connectionOptions);
   addServices(server);
   const umask = process.umask(0o077);
   try {
