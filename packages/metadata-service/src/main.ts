@@ -54,9 +54,13 @@ async function main(): Promise<void> {
   const { backup } = flags;
   let copying: Promise<void> = Promise.resolve();
   const copy = (): void => {
-    if (backup === undefined || service.store.backup === undefined) return;
-    copying = service.store.backup(backup).then(
-      () => logger.info({ file: backup }, 'Wrote a backup of the database'),
+    if (backup === undefined) return;
+    copying = service.backup(backup).then(
+      (written) =>
+        logger.info(
+          { file: backup, written },
+          written ? 'Wrote a backup of the database' : 'Nothing to back up',
+        ),
       (error: unknown) => logger.error({ file: backup, err: error }, 'The backup of the database failed'),
     );
   };

@@ -110,27 +110,91 @@ describe('a pool', () => {
     expect((await c.pool(disk)).hosts).toMatchObject([{ state: 'HOST_STATE_LIVE', generation: '1' }]);
   });
 
-  it('refuses an older copy of its database', async () => {
+  it('refuses a copy of its database when the original ran after the copy was made', async () => {
     const file = `${directory}/live.db`;
     const c = await start(`sqlite:${file}`);
     const disk = new FakeDisk();
     const first = await c.node('node-1', [disk]);
-    const copy = `${directory}/old.db`;
-    await c.service.store.backup?.(copy);
-    for (let n = 0; n < 2; n++) {
-      await c.restart();
-      await first.connect();
-      await first.accepted(disk);
-    }
-    expect(disk.authority.term).toBe('3');
-    copyFileSync(copy, `${directory}/restored.db`);
-    const restored = await start(`sqlite:${directory}/restored.db`);
-    const agent = restored.agent('node-1', [disk]);
+    // Copied by hand while the service was down: both would begin the same term.
+    await c.service.close();
+    copyFileSync(file, `${directory}/copy.db`);
+    await c.restart();
+    await first.connect();
+    await first.accepted(disk);
+    expect(disk.authority.term).toBe('2');
+    const copy = await start(`sqlite:${directory}/copy.db`);
+    const agent = copy.agent('node-1', [disk]);
     await agent.connect();
-    await until(async () => (await restored.pool(disk)).state === 'REFUSED', 'refused');
-    expect((await restored.pool(disk)).message).toContain('database is older than the pool');
-    await expect(restored.create('pvc')).rejects.toMatchObject({ code: 'UNAVAILABLE' });
-    expect(disk.authority.term).toBe('3');
+    await until(async () => (await copy.pool(disk)).state === 'REFUSED', 'refused');
+    expect((await copy.pool(disk)).message).toContain('which this database did not write');
+    await expect(copy.create('pvc')).rejects.toMatchObject({ code: 'UNAVAILABLE' });
+    expect(agent.orders).toEqual([]);
+  });
+
+  it('refuses a database that is older than the pool by its term', async () => {
+    const file = `${directory}/live2.db`;
+    const c = await start(`sqlite:${file}`);
+    const disk = new FakeDisk();
+    await c.node('node-1', [disk]);
+    disk.authority.term = '7';
+    await c.restart();
+    await c.agent('node-2', [disk]).connect();
+    await until(async () => (await c.pool(disk)).state === 'REFUSED', 'refused');
+    expect((await c.pool(disk)).message).toContain('database is older than the pool');
+  });
+
+  it('is moved with its database: a copy made while the service is down, and the only one that runs, goes on', async () => {
+    const file = `${directory}/old-place.db`;
+    const c = await start(`sqlite:${file}`);
+    const disk = new FakeDisk();
+    const first = await c.node('node-1', [disk]);
+    const { uuid } = await c.create('pvc');
+    await c.service.close();
+    copyFileSync(file, `${directory}/new-place.db`);
+    await c.restart({ store: `sqlite:${directory}/new-place.db` });
+    await first.connect();
+    await first.accepted(disk);
+    expect((await c.volume(uuid)).name).toBe('pvc');
+  });
+
+  it('is never granted on by a backup, which does not know what was decided since', async () => {
+    const c = await start(`sqlite:${directory}/backed-up.db`);
+    const disk = new FakeDisk();
+    const first = await c.node('node-1', [disk]);
+    const { uuid } = await c.create('pvc');
+    const publishId = await c.publish(uuid, first);
+    expect(await c.service.backup(`${directory}/backup.db`)).toBe(true);
+    await c.restart({ store: `sqlite:${directory}/backup.db` });
+    await first.connect();
+    expect((await c.volume(uuid)).name).toBe('pvc');
+    expect(await c.pool(disk)).toMatchObject({
+      state: 'REFUSED',
+      message: expect.stringContaining('is a backup'),
+    });
+    await expect(first.stage(disk, uuid, publishId)).rejects.toThrow('is a backup');
+    await expect(first.ask('AllocateSlabs', disk, { count: 1 })).rejects.toThrow('is a backup');
+    expect(disk.authority.term).toBe('1');
+  });
+
+  it('knows its own claim again when the service died before it heard of it', async () => {
+    const c = await start(`sqlite:${directory}/claim.db`);
+    const disk = new FakeDisk();
+    const agent = c.agent('node-1', [disk]);
+    agent.override.set('claim_authority', (order) => {
+      disk.authority = {
+        store_id: order.claim_authority?.store_id ?? '',
+        incarnation: order.incarnation,
+        term: order.term,
+      };
+      return { error_code: 'HF_IO', error_message: 'the answer is lost' };
+    });
+    await agent.connect();
+    await until(() => disk.authority.term === '1', 'written');
+    await c.restart();
+    agent.override.clear();
+    await agent.connect();
+    await agent.join(disk);
+    expect(disk.authority.term).toBe('2');
   });
 
   it('that names this service, but is not in its database, is refused too', async () => {

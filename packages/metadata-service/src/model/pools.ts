@@ -1,7 +1,7 @@
 /** Pools: how one becomes known, whose it is, and its slots. */
 import { HoldfastError } from '@holdfast/common';
 import { Bitmap } from './bitmap.ts';
-import { audit, type Decision } from './decision.ts';
+import { audit, requirePool, type Decision } from './decision.ts';
 import { tables, type Authority, type PoolGeometry, type PoolRecord } from './records.ts';
 import { growPool } from './slabs.ts';
 
@@ -63,6 +63,15 @@ export function seePool(d: Decision, nodeId: string, seen: PoolSighting): Sighti
         'device was formatted again, or restored from an old copy. Nothing is granted on it.',
     };
   }
+  if (pool !== undefined && authority.storeId !== '' && !claimedNow && !isOurs(pool, owner)) {
+    return {
+      type: 'refuse-pool',
+      message:
+        `The authority page of pool ${seen.name} (${seen.uuid}) shows incarnation ${owner.incarnation}, term ${owner.term}, ` +
+        `which this database did not write: it is a copy, and the original ran after it was made. Nothing is granted. ` +
+        'Stop this service and start the one with the newest database.',
+    };
+  }
   if (pool === undefined && authority.storeId !== '') {
     return {
       type: 'refuse-pool',
@@ -105,6 +114,13 @@ function same(a: Authority, b: Authority): boolean {
   return a.incarnation === b.incarnation && a.term === b.term;
 }
 
+/** Whether this database wrote, or may have written, what the page shows. */
+function isOurs(pool: PoolRecord, page: Authority): boolean {
+  return (
+    (pool.claimed !== null && same(pool.claimed, page)) || pool.claiming.some((claim) => same(claim, page))
+  );
+}
+
 function refuseGeometry(seen: PoolSighting): string | undefined {
   if (seen.fencing === 'reservations') {
     return `Pool ${seen.name} asks for fencing by reservations, which this release does not do. Format it with another class.`;
@@ -127,6 +143,7 @@ function remember(d: Decision, nodeId: string, seen: PoolSighting): void {
     ...geometry,
     state: 'CLAIMING',
     claimed: null,
+    claiming: [],
     nextVolumeId: 1n,
     nextLayerId: 1n,
     nextSlabGeneration: 1n,
@@ -138,12 +155,20 @@ function remember(d: Decision, nodeId: string, seen: PoolSighting): void {
   audit(d, 'pool-seen', { poolUuid: pool.uuid, nodeId, detail: `${pool.name} on ${devicePath}` });
 }
 
+/** Before the claim is ordered, so that the page is known again when the answer gets lost. */
+export function poolClaiming(d: Decision, poolUuid: string): void {
+  const pool = requirePool(d, poolUuid);
+  const claim = { incarnation: d.service.incarnation, term: d.service.term };
+  if (pool.claiming.some((before) => same(before, claim))) return;
+  tables.pool.put(d.tx, { ...pool, claiming: [...pool.claiming, claim] }, poolUuid);
+}
+
 /** The authority page was written for this service's term, waited for and read back. */
 export function poolClaimed(d: Decision, nodeId: string, poolUuid: string): void {
   const pool = tables.pool.get(d.tx, poolUuid);
   if (pool === undefined) return;
   const claimed = { incarnation: d.service.incarnation, term: d.service.term };
-  tables.pool.put(d.tx, { ...pool, state: 'ACTIVE', claimed }, poolUuid);
+  tables.pool.put(d.tx, { ...pool, state: 'ACTIVE', claimed, claiming: [] }, poolUuid);
   audit(d, 'authority', {
     poolUuid,
     nodeId,

@@ -9,6 +9,8 @@ export type FencingClass = 'reservations' | 'manual' | 'lease-only' | 'loop';
 
 /** One for the store. */
 export type ServiceRecord = {
+  /** Set in a backup: when it was made. What was decided since is not in it. */
+  copiedUnixMs?: number;
   storeId: string;
   /** Grows with every restore or rebuild of the store; the upper part of every epoch. */
   incarnation: bigint;
@@ -37,6 +39,8 @@ export type PoolRecord = PoolGeometry & {
   state: 'CLAIMING' | 'ACTIVE';
   /** What we last wrote to the authority page and read back. Nothing is granted unless it is this service's term. */
   claimed: Authority | null;
+  /** Claims that were ordered since, whose end is not known: the page may show any of them. */
+  claiming: Authority[];
   nextVolumeId: bigint;
   nextLayerId: bigint;
   nextSlabGeneration: bigint;

@@ -39,6 +39,7 @@ function poolOf(slabCount: number): PoolRecord {
     drainMs: 0,
     state: 'ACTIVE',
     claimed: null,
+    claiming: [],
     nextVolumeId: 1n,
     nextLayerId: 1n,
     nextSlabGeneration: 1n,

@@ -1,7 +1,7 @@
 /** Makes a pool ours for this term: an agent that sees it writes the authority page, waits, and reads it back. */
 import type { PoolRecord } from '../model/records.ts';
 import { tables } from '../model/records.ts';
-import { poolClaimed } from '../model/pools.ts';
+import { poolClaimed, poolClaiming } from '../model/pools.ts';
 import type { Core } from './core.ts';
 import { OrderFailed, type Session, type Sessions } from './sessions.ts';
 
@@ -18,6 +18,7 @@ export async function claimPool(core: Core, sessions: Sessions, poolUuid: string
   const session = sessions.all().find((candidate) => candidate.pools.has(poolUuid));
   if (pool === undefined || session === undefined) return;
   const waitMs = rivalMs(pool);
+  await core.decide((d) => poolClaiming(d, poolUuid));
   try {
     await sessions.order(
       session.nodeId,

@@ -1,10 +1,10 @@
 /** The running service's centre: the store, who this service is, and the one way to decide something. */
 import { setMaxListeners } from 'node:events';
-import type { Logger } from '@holdfast/common';
+import { HoldfastError, type Logger } from '@holdfast/common';
 import type { Decision } from '../model/decision.ts';
 import { applyHost } from '../model/hosts.ts';
 import { tables, type AuditEntry, type ServiceRecord } from '../model/records.ts';
-import type { Snapshot, Store } from '../store/store.ts';
+import { StoreError, type Snapshot, type Store, type Transaction } from '../store/store.ts';
 import type { Clock } from './clock.ts';
 
 export interface Surroundings {
@@ -65,7 +65,30 @@ export class Core implements Surroundings {
       }
       return next;
     });
-    return new Core(store, surroundings, service);
+    const core = new Core(store, surroundings, service);
+    if (service.copiedUnixMs !== undefined) core.#refuseAsCopy(service.copiedUnixMs);
+    return core;
+  }
+
+  /** A backup does not know what was granted after it was made, so it must not grant anything on the pools that it knows. */
+  #refuseAsCopy(copiedUnixMs: number): void {
+    const message =
+      `This database is a backup, made at ${new Date(copiedUnixMs).toISOString()}: what was decided since is not in it. ` +
+      'It can be read, but nothing is granted. Start the service with its own database; if that is lost, rebuild it from ' +
+      'the pools.';
+    for (const pool of this.read((tx) => tables.pool.list(tx))) this.refusals.set(pool.uuid, message);
+    this.logger.error({ copiedUnixMs }, message);
+  }
+
+  /** Writes a consistent copy of the database, marked as one. False where the store has no file. */
+  async backup(path: string): Promise<boolean> {
+    if (this.store.backup === undefined) return false;
+    const copiedUnixMs = this.clock.unixMs();
+    await this.store.backup(path, (tx) => {
+      const service = tables.service.get(tx, 'self') as ServiceRecord;
+      tables.service.put(tx, { ...service, copiedUnixMs }, 'self');
+    });
+    return true;
   }
 
   read<T>(body: (tx: Snapshot) => T): T {
@@ -75,7 +98,7 @@ export class Core implements Surroundings {
   /** One transaction. Those who wait for a change look again when it is durable. */
   async decide<T>(body: (d: Decision) => T): Promise<T> {
     const audited: AuditEntry[] = [];
-    const result = await this.store.transact((tx) =>
+    const result = await this.#transact((tx) =>
       body({
         tx,
         audited,
@@ -88,6 +111,16 @@ export class Core implements Surroundings {
     for (const entry of audited) this.onAudit(entry);
     this.changed();
     return result;
+  }
+
+  async #transact<T>(body: (tx: Transaction) => T): Promise<T> {
+    try {
+      return await this.store.transact(body);
+    } catch (error) {
+      if (!(error instanceof StoreError)) throw error;
+      this.logger.error({ err: error }, 'The store did not take a change');
+      throw new HoldfastError('UNAVAILABLE', error.message, { cause: error });
+    }
   }
 
   /** Wakes everybody who waits: something was decided, or an agent came or went. */

@@ -4,11 +4,13 @@ import { tables, type HostLife, type HostRecord, type PoolRecord } from '../mode
 import type { Core } from './core.ts';
 import { OrderFailed, type Sessions } from './sessions.ts';
 
-/** Hosts with a live lease on the pool whose agents are connected, without `except`. */
+/** Hosts with a live lease on the pool whose agents are connected, without `except`; those that failed lately come last. */
 export function liveHosts(core: Core, sessions: Sessions, poolUuid: string, except = ''): HostRecord[] {
+  const failure = (host: HostRecord): number => sessions.get(host.nodeId)?.lastFailureMs ?? 0;
   return core
     .read((tx) => tables.host.list(tx, [poolUuid]))
-    .filter((host) => host.state === 'LIVE' && host.nodeId !== except && sessions.isConnected(host.nodeId));
+    .filter((host) => host.state === 'LIVE' && host.nodeId !== except && sessions.isConnected(host.nodeId))
+    .sort((a, b) => failure(a) - failure(b));
 }
 
 /** One of them. @throws OrderFailed UNREACHABLE */

@@ -45,7 +45,8 @@ export interface MetadataServiceOptions {
 export interface MetadataService {
   readonly address: string;
   readonly httpAddress: string | undefined;
-  readonly store: Store;
+  /** Writes a consistent copy of the database to a file, while the service works. False: the store has no file. */
+  backup(path: string): Promise<boolean>;
   /** Ends sessions and calls, waits for the operations' current step, closes the store that it opened. */
   close(): Promise<void>;
 }
@@ -125,7 +126,12 @@ export async function startMetadataService(options: MetadataServiceOptions): Pro
       },
       'The metadata service is up',
     );
-    return { address: server.address, httpAddress: http?.address, store, close: () => unwind(undo) };
+    return {
+      address: server.address,
+      httpAddress: http?.address,
+      backup: (path) => core.backup(path),
+      close: () => unwind(undo),
+    };
   } catch (error) {
     await unwind(undo);
     throw error;

@@ -35,6 +35,8 @@ export class Session {
   readonly link: AgentLink;
   readonly sinceUnixMs: number;
   lastSeenUnixMs: number;
+  /** When an order to it failed, in monotonic milliseconds: others are asked first. */
+  lastFailureMs = 0;
   /** What it reported, without the devices that were refused. */
   readonly pools = new Map<string, PoolSighting>();
   readonly pending = new Map<string, Pending>();
@@ -147,6 +149,9 @@ export class Sessions {
       });
       if (result.error_code !== '') throw new OrderFailed(result.error_code, result.error_message);
       return result;
+    } catch (error) {
+      session.lastFailureMs = this.#core.clock.monotonicMs();
+      throw error;
     } finally {
       session.pending.delete(orderId);
       timer.abort();

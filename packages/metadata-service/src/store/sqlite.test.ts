@@ -85,11 +85,12 @@ describe('the SQLite store', () => {
   it('makes backups that open as databases of their own, while it is in use', async () => {
     const store = new SqliteStore(path('source.db'));
     await store.transact((tx) => tx.put('a', 1));
-    const backup = store.backup(path('copy.db'));
+    const backup = store.backup(path('copy.db'), (tx) => tx.put('copy', true));
     await store.transact((tx) => tx.put('b', 2));
     await backup;
     const copy = new SqliteStore(path('copy.db'));
-    expect(copy.read((tx) => tx.get('a'))).toBe(1);
+    expect(copy.read((tx) => [tx.get('a'), tx.get('copy')])).toEqual([1, true]);
+    expect(store.read((tx) => tx.get('copy'))).toBeUndefined();
     await copy.close();
     await store.close();
   });

@@ -91,11 +91,14 @@ export class SqliteStore implements Store {
     });
   }
 
-  async backup(path: string): Promise<void> {
+  async backup(path: string, mark: (transaction: Transaction) => void): Promise<void> {
     this.#assertIdle();
     const unfinished = `${path}.unfinished`;
     rmSync(unfinished, { force: true });
     await this.#database.backup(unfinished);
+    const copy = new SqliteStore(unfinished);
+    await copy.transact(mark);
+    await copy.close();
     renameSync(unfinished, path);
   }
 

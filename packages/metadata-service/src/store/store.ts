@@ -48,8 +48,8 @@ export interface Store {
   readonly kind: 'memory' | 'sqlite';
   read<T>(body: (snapshot: Snapshot) => T): T;
   transact<T>(body: (transaction: Transaction) => T): Promise<T>;
-  /** A consistent copy for backup, made while the store is in use. Undefined where the store has no file. */
-  backup?(path: string): Promise<void>;
+  /** A consistent copy, made while the store is in use, and marked as one by `mark`. Undefined where there is no file. */
+  backup?(path: string, mark: (transaction: Transaction) => void): Promise<void>;
   /** Waits for transactions under way. Later calls are refused. */
   close(): Promise<void>;
 }
