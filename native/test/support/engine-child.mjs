@@ -3,6 +3,10 @@
 //
 // A message {id, op, args} is answered by {id, result} or {id, error: {code, message}}; events come as {event}.
 import { createRequire } from 'node:module';
+import { isMainThread, parentPort } from 'node:worker_threads';
+
+const send = isMainThread ? (message) => process.send(message) : (message) => parentPort.postMessage(message);
+const source = isMainThread ? process : parentPort;
 
 const native = createRequire(import.meta.url)(process.env.HOLDFAST_NATIVE ?? '../../build/Release/holdfast.node');
 
@@ -36,10 +40,10 @@ function onEvent(event) {
       if (supply.next >= supply.end) pool(event.pool).declareFull();
       else give(pool(event.pool), Math.min(supply.batch, Number(supply.end) - Number(supply.next)));
     } catch (error) {
-      process.send({ event: { type: 'test-error', message: String(error) } });
+      send({ event: { type: 'test-error', message: String(error) } });
     }
   }
-  process.send({ event });
+  send({ event });
 }
 
 const ops = {
@@ -49,6 +53,7 @@ const ops = {
   // What ran low before is served now.
   supply(next) {
     supply = next;
+    if (!supply) return;
     for (const target of pools()) {
       if (target.stock().length === 0 && supply.next < supply.end) give(target, supply.batch);
     }
@@ -77,18 +82,26 @@ const ops = {
   poolCount: () => pools().length,
   volumeCount: (uuid) => pool(uuid).volumes().length,
   memory: () => process.memoryUsage().rss,
+  async collect() {
+    for (let i = 0; i < 5; i += 1) {
+      globalThis.gc();
+      await new Promise((resolve) => {
+        setTimeout(resolve, 10);
+      });
+    }
+  },
   exit(code) {
     process.exit(code);
   },
 };
 
-process.on('message', async ({ id, op, args }) => {
+source.on('message', async ({ id, op, args }) => {
   try {
     const result = await ops[op](...args);
-    process.send({ id, result });
+    send({ id, result });
   } catch (error) {
-    process.send({ id, error: { code: error.code, message: error.message } });
+    send({ id, error: { code: error.code, message: error.message } });
   }
 });
-process.on('disconnect', () => process.exit(0));
-process.send({ ready: true });
+if (isMainThread) process.on('disconnect', () => process.exit(0));
+send({ ready: true });

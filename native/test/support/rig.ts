@@ -28,7 +28,7 @@ const buildDir = process.env['HOLDFAST_NATIVE']
   ? fileURLToPath(new URL('.', `file://${process.env['HOLDFAST_NATIVE']}`))
   : fileURLToPath(new URL('../../build/Release/', import.meta.url));
 const keeperBinary = process.env['HOLDFAST_KEEPER'] ?? `${buildDir}holdfast-keeper`;
-const childScript = fileURLToPath(new URL('engine-child.mjs', import.meta.url));
+const script = (name: string): string => fileURLToPath(new URL(name, import.meta.url));
 
 export interface Described {
   spec: VolumeSpec;
@@ -60,11 +60,11 @@ export class EngineProcess {
   >();
   #next = 1;
 
-  private constructor(area: TestArea) {
-    this.#child = fork(childScript, {
+  private constructor(area: TestArea, child: string, nodeArgs: string[]) {
+    this.#child = fork(script(child), {
       serialization: 'advanced',
       env: { ...process.env, [AREA_MARK]: area.dir },
-      execArgv: [],
+      execArgv: nodeArgs,
       stdio: ['ignore', 'inherit', 'inherit', 'ipc'],
     });
     this.#ended = new Promise((resolve) => {
@@ -81,8 +81,10 @@ export class EngineProcess {
   static async start(
     area: TestArea,
     options: Partial<EngineOptions> & { keeperSocket: string },
+    child = 'engine-child.mjs',
+    nodeArgs: string[] = [],
   ): Promise<EngineProcess> {
-    const engine = new EngineProcess(area);
+    const engine = new EngineProcess(area, child, nodeArgs);
     await new Promise<void>((resolve) => {
       engine.#child.on('message', (message: Record<string, unknown>) => {
         if ('ready' in message) resolve();
@@ -119,6 +121,15 @@ export class EngineProcess {
         if (error) reject(error);
       });
     });
+  }
+
+  /** Ends the worker thread that has the engine (worker-child.mjs). */
+  terminate(): Promise<string> {
+    return this.call<string>('terminate');
+  }
+
+  disconnect(): void {
+    this.#child.disconnect();
   }
 
   signal(signal: NodeJS.Signals): void {
@@ -189,9 +200,13 @@ export class Rig {
     return { keeper, socket };
   }
 
-  /** An engine that has adopted what the keeper has. */
-  async engine(options: Partial<EngineOptions> = {}): Promise<EngineProcess> {
-    return EngineProcess.start(this.area, { keeperSocket: this.keeperSocket, ...options });
+  /** An engine without a pool; adopt() is the caller's. */
+  async engine(
+    options: Partial<EngineOptions> = {},
+    child?: string,
+    nodeArgs?: string[],
+  ): Promise<EngineProcess> {
+    return EngineProcess.start(this.area, { keeperSocket: this.keeperSocket, ...options }, child, nodeArgs);
   }
 
   poolOptions(overrides: Partial<OpenPoolOptions> = {}): OpenPoolOptions {
@@ -296,12 +311,25 @@ export class Rig {
     } catch (error) {
       failure = error;
     }
-    // Over a FUSE file: no directory of the area in its name, and with engine and keeper gone it only answers EIO.
+    // Over a FUSE file, so there is no directory of the area in its name; with engine and keeper gone it answers EIO.
     for (const device of this.#devices) {
-      if (attached(device)) await execa('losetup', ['-d', device], { timeout: 20_000, reject: false });
+      if (await isDead(device)) await execa('losetup', ['-d', device], { timeout: 20_000, reject: false });
     }
     if (failure !== undefined) throw failure;
   }
+}
+
+/** A loop device over a FUSE file that nobody serves any more. By now the number may be another test's device. */
+async function isDead(device: string): Promise<boolean> {
+  if (!attached(device)) return false;
+  const backing = readFileSync(device.replace('/dev/', '/sys/block/') + '/loop/backing_file', 'utf8').trim();
+  if (backing !== '/') return false;
+  const read = await execa('dd', [`if=${device}`, 'of=/dev/null', 'bs=4k', 'count=1', 'iflag=direct'], {
+    timeout: 5000,
+    killSignal: 'SIGKILL',
+    reject: false,
+  });
+  return read.exitCode === 1 && read.stderr.includes('Input/output error');
 }
 
 /** Whether a loop device is bound to something. */
