@@ -227,8 +227,10 @@ describe('an open volume', () => {
       ['--rw=randread', '--bs=4k', '--size=8M', '--iodepth=8', '--time_based', '--runtime=1'],
       20_000,
     );
+    expect((await r.stats(engine, spec)).held).toBeGreaterThan(16n);
     await r.supply(engine);
     await writer;
+    expect((await r.stats(engine, spec)).held).toBe(0n);
     await r.close(engine, spec);
   }, 60_000);
 });
@@ -327,7 +329,7 @@ describe('a fenced host', () => {
     const victim = await r.host();
     const spec = r.spec(1n, 128n * MiB);
     const { export: device } = await r.open(victim, spec);
-    const fencer = await r.host({}, { hostId: 2, nodeName: 'node-2', lockPath: r.area.path('second.lock') });
+    const fencer = await r.otherHost();
     const load = execa(
       'fio',
       [
@@ -418,7 +420,7 @@ describe('the lease', () => {
       code: 'HF_BUSY',
     });
     // The same slot under a later generation, through another lock: what a re-created node does.
-    const second = await r.host({}, { generation: 2n, lockPath: r.area.path('other.lock') });
+    const second = await r.otherHost({ hostId: 1, generation: 2n });
     await waitFor('the first to notice', async () => (await leaseState(r, first)) === 'fenced');
     expect(await leaseState(r, second)).toBe('valid');
   }, 60_000);

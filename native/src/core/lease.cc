@@ -198,7 +198,10 @@ Status Lease::write_stopped() {
       return {};
     }
     const bool before_us = !joined_ && page.generation < options_.generation;
-    if (foreign_ || (!ours && !before_us)) {
+    // A successor that finds itself fenced before its first renewal: the page is its dead predecessor's.
+    const bool inherited = !joined_ && options_.taking_over && page.generation == options_.generation &&
+                           page.machine_id == options_.machine_id && page.boot_id == options_.boot_id;
+    if (foreign_ || (!ours && !before_us && !inherited)) {
       return {Code::kStale, "the heartbeat page of " + us + " is somebody else's by now (generation " +
                                 std::to_string(page.generation) + "); nothing is written over it"};
     }

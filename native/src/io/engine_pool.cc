@@ -272,16 +272,8 @@ void EnginePool::adopt_volumes() {
   }
   for (std::thread& thread : threads) thread.join();
   for (const auto& volume : volumes()) {
-    for (const PageArena::Claim& claim : volume->adopted_claims_) {
-      // A slab that a volume has is not ahead any more, whatever the table still said at the kill. And what the dead
-      // engine's agent may not have reported is told again; the generation makes a repetition harmless.
-      stock_->forget(claim.slab);
-      if (claim.state == PageArena::ClaimState::kClaimed) {
-        slab_claimed(volume->spec().volume_id, claim.layer_id, claim.slab, claim.generation);
-      } else if (claim.state == PageArena::ClaimState::kReturned) {
-        slab_emptied(volume->spec().volume_id, claim.layer_id, claim.slab, claim.generation);
-      }
-    }
+    // A slab that a volume has is not ahead any more, whatever the table still said at the kill.
+    for (const PageArena::Claim& claim : volume->adopted_claims_) stock_->forget(claim.slab);
     volume->adopted_claims_.clear();
   }
 }

@@ -19,6 +19,7 @@ namespace {
 
 constexpr unsigned kAgreeMs = 10'000;
 constexpr unsigned kIdleMs = 10'000;  // between two looks
+constexpr unsigned kDrainMs = 2000;   // at a hand-over: what is held longer is sent again to the successor
 constexpr uint32_t kSectorSize = 4096;
 constexpr uint32_t kLoopRequests = 128;
 constexpr uint32_t kLoopAsyncDepth = 96;
@@ -520,8 +521,9 @@ Status EngineVolume::let_go(unsigned timeout_ms) {
   if (state() == State::kGone) return {};
   if (session_ != nullptr && state() == State::kOpen) {
     session_->stop_reading();
-    if (!session_->wait_idle(timeout_ms)) {
-      if (session_->agreement().can_resend == 0) {
+    const bool can_resend = session_->agreement().can_resend != 0;
+    if (!session_->wait_idle(can_resend ? std::min(timeout_ms, kDrainMs) : timeout_ms)) {
+      if (!can_resend) {
         session_->resume_reading();
         return {Code::kBusy, "writes to volume " + spec().name +
                                  " are held, and this kernel (before 6.9) cannot send them to a successor; give the "

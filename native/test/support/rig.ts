@@ -159,6 +159,7 @@ export class Rig {
   readonly machineId = randomUUID();
   readonly bootId = randomUUID();
   #nextSlab = 0n;
+  #keepers = 2;
   readonly #devices = new Set<string>();
 
   private constructor(
@@ -178,7 +179,7 @@ export class Rig {
   static async create(options: RigOptions): Promise<Rig> {
     const area = await TestArea.create(options.name);
     try {
-      const disk = await area.loopDevice(options.diskBytes ?? 2n * GiB, { sectorSize: 4096 });
+      const disk = await area.loopDevice(options.diskBytes ?? 4n * GiB, { sectorSize: 4096 });
       const pool = await native().formatPool(disk.path, {
         name: options.name,
         fencing: options.fencing ?? 'loop',
@@ -234,8 +235,17 @@ export class Rig {
     return engine;
   }
 
+  /** Another node's engine on the same pool: its own keeper, lock, host id. */
+  async otherHost(overrides: Partial<OpenPoolOptions> = {}): Promise<EngineProcess> {
+    const { socket } = await Rig.startKeeper(this.area, `keeper-${this.#keepers++}`);
+    return this.host(
+      { keeperSocket: socket },
+      { hostId: 2, nodeName: 'node-2', lockPath: this.area.path('second.lock'), ...overrides },
+    );
+  }
+
   /** Lets the engine have slabs as it asks; each call hands out fresh ones. */
-  async supply(engine: EngineProcess, { batch = 8, total = 64 } = {}): Promise<void> {
+  async supply(engine: EngineProcess, { batch = 8, total = 24 } = {}): Promise<void> {
     const next = this.#nextSlab;
     this.#nextSlab += BigInt(total);
     const end = this.#nextSlab < this.pool.slabCount ? this.#nextSlab : this.pool.slabCount;
