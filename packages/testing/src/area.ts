@@ -134,6 +134,15 @@ export class TestArea {
     return { pid: child.pid, child, logFile, ended, stop };
   }
 
+  /** It has nothing left to do; its own look around would only outlive the test. */
+  async #dismissWatchdog(): Promise<void> {
+    const gone = new Promise<void>((resolve) => this.#watchdog.once('exit', () => resolve()));
+    const alive = this.#watchdog.exitCode === null && this.#watchdog.signalCode === null;
+    this.#watchdog.kill('SIGKILL');
+    this.#watchdog.stdin?.end();
+    if (alive) await gone;
+  }
+
   /** @throws an Error that lists what was left behind (it is taken away all the same), or the first failed undo. */
   async dispose(): Promise<void> {
     if (this.#disposed) return;
@@ -148,7 +157,7 @@ export class TestArea {
     }
     const { stdout: left } = await execa('bash', [sweepScript, this.dir], { timeout: 60_000, reject: false });
     await rm(this.dir, { recursive: true, force: true });
-    this.#watchdog.stdin?.end();
+    await this.#dismissWatchdog();
     if (failures.length > 0) throw failures[0];
     if (left !== '') throw new Error(`The test left behind (taken away now):\n${left}`);
   }
