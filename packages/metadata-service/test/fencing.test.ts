@@ -245,6 +245,24 @@ describe('class L', () => {
     expect(dead?.proof).toMatch(/stop-ack\(1\)|stopped\(1\)/);
   });
 
+  it('a reboot of the machine ends the lives of all nodes on it, also of those that never come back', async () => {
+    const c = await Cluster.start();
+    cluster = c;
+    const disk = new FakeDisk();
+    const first = await c.node('node-1', [disk]);
+    const second = await c.node('node-2', [disk]);
+    const { uuid } = await c.create('pvc-1');
+    await first.openVolume(disk, uuid, await c.publish(uuid, first));
+    first.kill();
+    second.kill();
+    second.bootId = 'boot-2';
+    await second.connect();
+    await second.join(disk);
+    expect((await c.host(disk, first)).state).toBe('HOST_STATE_DEAD');
+    await c.unpublish(uuid, first);
+    await second.openVolume(disk, uuid, await c.publish(uuid, second));
+  });
+
   it('a node that comes back with the old lock free joins as the next generation, and its old grants are void', async () => {
     const s = await scene('FENCING_CLASS_LOOP');
     s.victim.kill();

@@ -233,11 +233,14 @@ describe('PublishVolume', () => {
     await c.publish(b.uuid, full);
   });
 
-  it('read-only publications are granted read-only, whatever stage asks for', async () => {
-    const { uuid } = await c.create('pvc');
-    const grant = await node.stage(disk, uuid, await c.publish(uuid, node, { read_only: true }));
-    expect(grant.read_only).toBe(true);
-  });
+  it.each([{ read_only: true }, { access_mode: 'ACCESS_MODE_SINGLE_NODE_READER_ONLY' }])(
+    'a publication with %j is granted read-only, whatever stage asks for',
+    async (change) => {
+      const { uuid } = await c.create('pvc');
+      const grant = await node.stage(disk, uuid, await c.publish(uuid, node, change));
+      expect(grant.read_only).toBe(true);
+    },
+  );
 });
 
 describe('StageVolume', () => {

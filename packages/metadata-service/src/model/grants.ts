@@ -244,7 +244,7 @@ export function stageVolume(d: Decision, request: StageRequest): VolumeRecord {
     publishId: request.publishId,
     publishCurrent: current,
     hostLive: host.state === 'LIVE',
-    readOnly: request.readOnly || (publication?.readOnly ?? false),
+    readOnly: request.readOnly || isReadOnly(publication),
     nextEpoch: nextEpoch(volume.grant.epoch, d.service.incarnation),
   });
   if (outcome.type === 'stale') {
@@ -255,6 +255,10 @@ export function stageVolume(d: Decision, request: StageRequest): VolumeRecord {
     tables.volume.put(d.tx, volume, volume.uuid);
   }
   return volume;
+}
+
+function isReadOnly(publication: PublicationRecord | null): boolean {
+  return publication?.readOnly === true || publication?.accessMode === 'SINGLE_NODE_READER_ONLY';
 }
 
 /** @throws OrphansPending, or HoldfastError CORRUPT when slabs of the last holder cannot be read at all. */

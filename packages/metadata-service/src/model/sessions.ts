@@ -24,7 +24,8 @@ export function seeNode(d: Decision, node: NodeRecord): void {
     audit(d, 'node-seen', { nodeId: node.nodeId, detail: `machine ${node.machineId}` });
   for (const pool of tables.pool.list(d.tx)) {
     for (const host of tables.host.list(d.tx, [pool.uuid])) {
-      if (host.nodeId !== node.nodeId) continue;
+      // All nodes of a loop pool are on one machine. Elsewhere only the node's own lives: machine ids may be cloned.
+      if (host.nodeId !== node.nodeId && pool.fencing !== 'loop') continue;
       applyHost(d, pool, host.hostId, { type: 'new-boot', machineId: node.machineId, bootId: node.bootId });
     }
   }

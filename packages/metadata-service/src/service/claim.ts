@@ -13,9 +13,14 @@ function rivalMs(pool: PoolRecord): number {
   return pool.fencing === 'loop' ? 50 : pool.renewIntervalMs;
 }
 
+const staleCodes = ['HF_STALE', 'STALE'];
+
 export async function claimPool(core: Core, sessions: Sessions, poolUuid: string): Promise<void> {
   const pool = core.read((tx) => tables.pool.get(tx, poolUuid));
-  const session = sessions.all().find((candidate) => candidate.pools.has(poolUuid));
+  const [session] = sessions
+    .all()
+    .filter((candidate) => candidate.pools.has(poolUuid))
+    .sort((a, b) => a.lastFailureMs - b.lastFailureMs);
   if (pool === undefined || session === undefined) return;
   const waitMs = rivalMs(pool);
   await core.decide((d) => poolClaiming(d, poolUuid));
@@ -27,7 +32,7 @@ export async function claimPool(core: Core, sessions: Sessions, poolUuid: string
       waitMs + 15_000,
     );
   } catch (error) {
-    if (!(error instanceof OrderFailed) || error.code !== 'HF_STALE') throw error;
+    if (!(error instanceof OrderFailed) || !staleCodes.includes(error.code)) throw error;
     const message =
       `Pool ${pool.name} (${poolUuid}) was claimed by another metadata service, or under a newer term than ` +
       `${core.service.term}: ${error.message} Nothing is granted on it. Stop this service and start the one with the ` +

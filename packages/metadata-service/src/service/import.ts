@@ -16,29 +16,45 @@ import { scanSlabs } from './scan.ts';
 
 const timeoutMs = 30_000;
 
-/** Does nothing for a volume that is known. @throws HoldfastError NOT_FOUND without a context */
-export async function ensureKnown(
-  core: Core,
-  sessions: Sessions,
-  uuid: string,
-  volumeContext: Readonly<Record<string, string>>,
-): Promise<void> {
-  if (core.read((tx) => tables.volume.get(tx, uuid)) !== undefined) return;
-  if (!/^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/.test(uuid)) {
-    throw new HoldfastError('NOT_FOUND', `Volume ${uuid} does not exist: that is not a volume's UUID.`);
+export class Importer {
+  readonly #core: Core;
+  readonly #sessions: Sessions;
+  /** Reading a large pool takes longer than a call: repeated calls join. */
+  readonly #underWay = new Map<string, Promise<void>>();
+
+  constructor(core: Core, sessions: Sessions) {
+    this.#core = core;
+    this.#sessions = sessions;
   }
-  const context = parseVolumeContext(volumeContext);
-  if (context === undefined) throw new HoldfastError('NOT_FOUND', `Volume ${uuid} does not exist.`);
-  const pool = core.read((tx) => requirePool({ tx }, context.poolUuid));
-  const disk = await readDisk(core, sessions, pool, uuid);
-  await core.decide((d) => {
-    requireAuthority(d, requirePool(d, pool.uuid));
-    return importVolume(d, uuid, context, disk);
-  });
-  core.logger.warn(
-    { volume: uuid, pool: pool.uuid, fromDisk: disk !== undefined },
-    `Volume ${describe(context)} was not in the database and is known again`,
-  );
+
+  /** Does nothing for a volume that is known. @throws HoldfastError NOT_FOUND without a context */
+  async ensureKnown(uuid: string, volumeContext: Readonly<Record<string, string>>): Promise<void> {
+    if (this.#core.read((tx) => tables.volume.get(tx, uuid)) !== undefined) return;
+    if (!/^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/.test(uuid)) {
+      throw new HoldfastError('NOT_FOUND', `Volume ${uuid} does not exist: that is not a volume's UUID.`);
+    }
+    const context = parseVolumeContext(volumeContext);
+    if (context === undefined) throw new HoldfastError('NOT_FOUND', `Volume ${uuid} does not exist.`);
+    let running = this.#underWay.get(uuid);
+    if (running === undefined) {
+      running = this.#import(uuid, context).finally(() => this.#underWay.delete(uuid));
+      this.#underWay.set(uuid, running);
+    }
+    await running;
+  }
+
+  async #import(uuid: string, context: VolumeContext): Promise<void> {
+    const pool = this.#core.read((tx) => requirePool({ tx }, context.poolUuid));
+    const disk = await readDisk(this.#core, this.#sessions, pool, uuid);
+    await this.#core.decide((d) => {
+      requireAuthority(d, requirePool(d, pool.uuid));
+      return importVolume(d, uuid, context, disk);
+    });
+    this.#core.logger.warn(
+      { volume: uuid, pool: pool.uuid, fromDisk: disk !== undefined },
+      `Volume ${describe(context)} was not in the database and is known again`,
+    );
+  }
 }
 
 function describe(context: VolumeContext): string {

@@ -34,7 +34,7 @@ import {
 } from '../model/volumes.ts';
 import type { Snapshot, Value } from '../store/store.ts';
 import type { Core } from './core.ts';
-import { ensureKnown } from './import.ts';
+import { Importer } from './import.ts';
 import type { Operations } from './operations.ts';
 import type { Sessions } from './sessions.ts';
 import { fenceProgress, refuseUnconfirmed, waitUntil } from './waiting.ts';
@@ -47,11 +47,13 @@ export class MetadataApi {
   readonly #core: Core;
   readonly #sessions: Sessions;
   readonly #operations: Operations;
+  readonly #importer: Importer;
 
   constructor(core: Core, sessions: Sessions, operations: Operations) {
     this.#core = core;
     this.#sessions = sessions;
     this.#operations = operations;
+    this.#importer = new Importer(core, sessions);
   }
 
   handlers(): Known<MetadataHandlers> {
@@ -69,7 +71,7 @@ export class MetadataApi {
       }),
       GetVolume: unary(log, 'GetVolume', async (request) => {
         if (request.uuid !== '') {
-          await ensureKnown(this.#core, this.#sessions, request.uuid, request.volume_context);
+          await this.#importer.ensureKnown(request.uuid, request.volume_context);
         }
         return this.#core.read((tx) => describeVolume(tx, findVolume(tx, request), true));
       }),
@@ -152,7 +154,7 @@ export class MetadataApi {
   }
 
   async #publishVolume(request: PublishVolumeRequest__Output): Promise<{ publish_id: string }> {
-    await ensureKnown(this.#core, this.#sessions, request.uuid, request.volume_context);
+    await this.#importer.ensureKnown(request.uuid, request.volume_context);
     const { answer } = await this.#core.decide((d) =>
       once(d, 'PublishVolume', request, () => {
         const publication = publishVolume(d, {
@@ -329,8 +331,9 @@ export class MetadataApi {
       if (volumeUuid === '' && nodeId === '') return tables.audit.list(tx, [], { after: [after], limit });
       const index = volumeUuid === '' ? tables.auditNode : tables.auditVolume;
       const about = volumeUuid === '' ? nodeId : volumeUuid;
+      const both = volumeUuid !== '' && nodeId !== '';
       return index
-        .entries(tx, [about], { after: [about, after] })
+        .entries(tx, [about], { after: [about, after], ...(both ? {} : { limit }) })
         .map(([parts]) => tables.audit.get(tx, BigInt(parts[1] as string)))
         .filter((entry) => entry !== undefined && (nodeId === '' || entry.nodeId === nodeId))
         .slice(0, limit) as AuditEntry[];

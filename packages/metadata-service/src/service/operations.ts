@@ -15,9 +15,10 @@ import { wipeVolume } from './wipe.ts';
 
 /** How often the store is looked through for work that nobody announced. */
 const sweepIntervalMs = 1000;
+const settleMs = 5;
 /** An operation that failed waits this long, doubling up to the maximum. */
 const retryMs = { first: 200, most: 5000 };
-/** Wipes at a time: each makes an agent discard slabs. */
+/** Wipes at a time on a pool: each makes an agent discard slabs. */
 const maxWipes = 4;
 
 export class Operations {
@@ -66,6 +67,8 @@ export class Operations {
         this.#core.logger.error({ err: error }, 'Looking for unfinished operations failed');
       }
       await this.#core.nextChange(sweepIntervalMs);
+      // Many changes at once are one look.
+      await this.#core.clock.sleep(settleMs, stopped.signal);
     }
   }
 
@@ -84,7 +87,10 @@ export class Operations {
           poolUuid: parts[0] as string,
           life: { hostId: Number(parts[1]), generation: BigInt(parts[2] as string), nodeId: orphan.nodeId },
         })),
-      deleting: tables.deleting.entries(tx, [], { limit: maxWipes }).map(([parts]) => parts[1] as string),
+      deleting: tables.pool
+        .list(tx)
+        .flatMap((pool) => tables.deleting.entries(tx, [pool.uuid], { limit: maxWipes }))
+        .map(([parts]) => parts[1] as string),
     }));
     for (const pool of found.pools) {
       const current =
