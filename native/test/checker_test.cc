@@ -62,9 +62,8 @@ class CheckerTest : public PoolTest {
         found = finding;
       }
     }
-    if (report.clean != std::all_of(report.findings.begin(), report.findings.end(), [](const CheckFinding& finding) {
-          return finding.severity == Severity::kInfo;
-        })) {
+    if (report.clean != std::all_of(report.findings.begin(), report.findings.end(),
+                                    [](const CheckFinding& finding) { return finding.severity == Severity::kInfo; })) {
       return testing::AssertionFailure() << "clean is wrong:" << all;
     }
     if (matching == 1 && report.findings.size() == 1) return testing::AssertionSuccess();

@@ -1,5 +1,5 @@
-// The gate: held past the deadline, refused when fenced or revoked, and "closed and zero in flight" as a proof. The last
-// tests run it with real threads, for ThreadSanitizer and for the proof itself.
+// The gate: held past the deadline, refused when fenced or revoked, and "closed and zero in flight" as a proof. The
+// last tests run it with real threads, for ThreadSanitizer and for the proof itself.
 #include "core/gate.h"
 
 #include <gtest/gtest.h>

@@ -43,18 +43,23 @@ class LeaseTest : public PoolTest {
     options.machine_id = kMachine;
     options.boot_id = kBoot;
     options.taking_over = taking_over;
-    return std::make_unique<Lease>(options, LeaseEnvironment{&device, [this] { return now; },
-                                                             [this] { return ++random; },
-                                                             [] { return uint64_t{1'000}; },
-                                                             [this] {
-                                                               gaps++;
-                                                               return gap_result;
-                                                             }});
+    return std::make_unique<Lease>(
+        options,
+        LeaseEnvironment{&device, [this] { return now; }, [this] { return ++random; }, [] { return uint64_t{1'000}; },
+                         [this] {
+                           gaps++;
+                           return gap_result;
+                         }});
   }
 
   FenceOrder order(uint64_t generation, uint32_t host = 3) {
-    return {.host_id = host, .generation = generation, .term = 1, .incarnation = 1, .fencer_host_id = 9,
-            .fencer_generation = 2, .unix_ms = 7};
+    return {.host_id = host,
+            .generation = generation,
+            .term = 1,
+            .incarnation = 1,
+            .fencer_host_id = 9,
+            .fencer_generation = 2,
+            .unix_ms = 7};
   }
 
   void fail_writes_at(uint64_t offset, uint64_t length, Fault fault) {
@@ -359,8 +364,9 @@ TEST_F(LeaseTest, AnEngineTakesOverTheSameGenerationOnlyOnTheSameBootOfTheSameMa
   options.taking_over = true;
   options.machine_id = kMachine;
   options.boot_id = {0x23};
-  Lease rebooted(options, LeaseEnvironment{&device, [this] { return now; }, [this] { return ++random; },
-                                           [] { return uint64_t{1}; }, {}});
+  Lease rebooted(
+      options,
+      LeaseEnvironment{&device, [this] { return now; }, [this] { return ++random; }, [] { return uint64_t{1}; }, {}});
   EXPECT_EQ(rebooted.renew().state, LeaseState::kFenced);
   EXPECT_OK(next->renew().status) << "and the refused one has touched nothing";
 }

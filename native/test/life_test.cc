@@ -65,9 +65,11 @@ struct Host {
     options.host_id = id;
     options.generation = generation;
     options.node_name = "node-" + std::to_string(id);
-    lease = std::make_unique<Lease>(options, LeaseEnvironment{&disk, [this] { return executor.now_ns(); },
+    lease = std::make_unique<Lease>(options, LeaseEnvironment{&disk,
+                                                              [this] { return executor.now_ns(); },
                                                               [this] { return ++random + uint64_t{id} * 1'000'000; },
-                                                              [] { return uint64_t{1}; }, {}});
+                                                              [] { return uint64_t{1}; },
+                                                              {}});
   }
   ~Host() {
     volume.reset();
@@ -179,8 +181,11 @@ class LifeTest : public PoolTest {
   void SetUp() override {
     PoolTest::SetUp();
     ASSERT_OK(claim_authority(device, s, {kStore, 1, 1, 0, false},
-                              {.wait_ms = 0, .now_ns = [] { return uint64_t{0}; }, .random = [] { return uint64_t{1}; },
-                               .sleep_ms = [](uint64_t) {}, .unix_ms = [] { return uint64_t{1}; }}));
+                              {.wait_ms = 0,
+                               .now_ns = [] { return uint64_t{0}; },
+                               .random = [] { return uint64_t{1}; },
+                               .sleep_ms = [](uint64_t) {},
+                               .unix_ms = [] { return uint64_t{1}; }}));
   }
   std::unique_ptr<Host> host(uint32_t id, uint64_t generation) {
     return std::make_unique<Host>(device, s, executor, id, generation);
@@ -190,7 +195,8 @@ class LifeTest : public PoolTest {
     std::vector<SlabRun> runs;
     const std::vector<SlabOwner> owners = *scan_slabs(device, s, {{0, 10, 1}});
     for (const SlabOwner& owner : owners) {
-      if (owner.state == SlabOwner::State::kClaimed && owner.layer_id == 41) runs.push_back({owner.slab, 1, owner.generation});
+      if (owner.state == SlabOwner::State::kClaimed && owner.layer_id == 41)
+        runs.push_back({owner.slab, 1, owner.generation});
     }
     return runs;
   }
@@ -199,8 +205,8 @@ class LifeTest : public PoolTest {
     if (!report.ok()) return is_ok(report);
     for (const CheckFinding& finding : report->findings) {
       if (static_cast<int>(finding.severity) < static_cast<int>(worst)) {
-        return testing::AssertionFailure() << severity_name(finding.severity) << " " << finding.kind << ": "
-                                           << finding.message;
+        return testing::AssertionFailure()
+               << severity_name(finding.severity) << " " << finding.kind << ": " << finding.message;
       }
     }
     return testing::AssertionSuccess();
@@ -307,8 +313,14 @@ TEST_F(LifeTest, AFrozenHostThatThawsAfterItsFenceChangesNothing) {
   const auto fencer = host(2, 1);
   ASSERT_OK(fencer->renew().status);
   GatedSyncDevice control(device, fencer->gate);
-  ASSERT_OK(write_fence(control, s, {.host_id = 1, .generation = 1, .term = 1, .incarnation = 1, .fencer_host_id = 2,
-                                     .fencer_generation = 1, .unix_ms = 1}));
+  ASSERT_OK(write_fence(control, s,
+                        {.host_id = 1,
+                         .generation = 1,
+                         .term = 1,
+                         .incarnation = 1,
+                         .fencer_host_id = 2,
+                         .fencer_generation = 1,
+                         .unix_ms = 1}));
   ASSERT_OK(fencer->open(2, slabs_on_disk(), 5));
   ASSERT_EQ(fencer->run(VolumeOp::kWrite, 0, 64 * kBlock, 0x22), 0);
   ASSERT_EQ(fencer->run(VolumeOp::kFlush), 0);

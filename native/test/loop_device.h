@@ -1,4 +1,5 @@
-// A real loop device over a sparse file in a directory of its own. Gone with the object, and (autoclear) with the process.
+// A real loop device over a sparse file in a directory of its own. Gone with the object, and (autoclear) with the
+// process.
 #pragma once
 
 #include <fcntl.h>

@@ -195,7 +195,8 @@ TEST_F(DeviceTest, OptionsThatCannotBeAreRefusedBeforeAnythingIsTouched) {
     change(chosen);
     return format_device(loop.path, chosen).status;
   };
-  EXPECT_TRUE(has_code(with([](auto& o) { o.fencing = FencingClass::kReservations; }), Code::kUnsupported, "not built"));
+  EXPECT_TRUE(
+      has_code(with([](auto& o) { o.fencing = FencingClass::kReservations; }), Code::kUnsupported, "not built"));
   EXPECT_TRUE(has_code(with([](auto& o) { o.fencing = FencingClass::kNone; }), Code::kInvalidArgument));
   EXPECT_TRUE(has_code(with([](auto& o) { o.name = ""; }), Code::kInvalidArgument, "name"));
   EXPECT_TRUE(has_code(with([](auto& o) { o.name = std::string(64, 'n'); }), Code::kInvalidArgument, "63"));
@@ -245,8 +246,8 @@ TEST_F(DeviceTest, ASignatureInAVolumesDataDoesNotMakeThePoolForeign) {
   const LoopDevice loop(image);
   const PoolInfo made = *format_device(loop.path, options()).value;
   ASSERT_TRUE(run("mkfs.ext4 -F " + directory.path + "/fs 64M"));
-  ASSERT_TRUE(run("dd conv=notrunc bs=1M if=" + directory.path + "/fs of=" + image + " seek=" +
-                  std::to_string(slab_data_offset(made.superblock, 1) >> 20)));
+  ASSERT_TRUE(run("dd conv=notrunc bs=1M if=" + directory.path + "/fs of=" + image +
+                  " seek=" + std::to_string(slab_data_offset(made.superblock, 1) >> 20)));
   EXPECT_EQ(inspect_device(loop.path).value->kind, Kind::kPool);
   EXPECT_OK(read_pool_at(loop.path));
 }

@@ -39,8 +39,8 @@ TEST(Geometry, EverySlabAndItsPagesLieInsideTheDeviceAndApart) {
     ASSERT_OK(check_geometry(s));
     const uint64_t last = s.slab_count - 1;
     EXPECT_LE(slab_data_offset(s, last) + format::kSlabSize, bytes - format::kTailReserve);
-    EXPECT_GT(slab_data_offset(s, last) + 2 * format::kSlabSize, bytes - format::kTailReserve -
-                                                                     format::kRegionPagesSize - format::kSlabSize);
+    EXPECT_GT(slab_data_offset(s, last) + 2 * format::kSlabSize,
+              bytes - format::kTailReserve - format::kRegionPagesSize - format::kSlabSize);
     for (uint64_t slab = 0; slab < s.slab_count; slab += 997) {
       EXPECT_GE(slab_page_offset(s, slab), s.first_region_offset);
       EXPECT_EQ(slab_data_offset(s, slab) % format::kSlabSize, 0u);
@@ -87,9 +87,8 @@ TEST_F(PoolTest, UsesTheOtherSuperblockAndSaysSo) {
 }
 
 TEST_F(PoolTest, UsesTheOtherSuperblockWhenOneCannotBeRead) {
-  device.set_faults([](Op op, uint64_t offset, uint64_t) {
-    return op == Op::kRead && offset == 0 ? Fault::kError : Fault::kNone;
-  });
+  device.set_faults(
+      [](Op op, uint64_t offset, uint64_t) { return op == Op::kRead && offset == 0 ? Fault::kError : Fault::kNone; });
   Result<PoolInfo> read = read_pool(device);
   ASSERT_OK(read);
   EXPECT_NE(read->warnings.at(0).find("can't be read"), std::string::npos);

@@ -133,10 +133,10 @@ TEST_F(RecordsTest, AfterAGapARecordThatSomebodyElseWroteIsNoLongerOurs) {
 // DESIGN 10: "restored database thinks a claimed slab is free": the page says whose it is.
 TEST_F(RecordsTest, ScanningTellsWhoseEachSlabIs) {
   write_slab(2, slab_page(5, 50, 8), 3);
-  write_slab(3, 0, slab_page(5, 50, 8), 3);               // one copy of a claim
-  write_slab(4, 0, slab_page(5, 50, 8), 900);             // an old owner with a high flush number
+  write_slab(3, 0, slab_page(5, 50, 8), 3);    // one copy of a claim
+  write_slab(4, 0, slab_page(5, 50, 8), 900);  // an old owner with a high flush number
   write_slab(4, 1, slab_page(6, 60, 9), 1);
-  write_slab(5, slab_page(0, 0, 12), 1);                  // given back
+  write_slab(5, slab_page(0, 0, 12), 1);  // given back
   write_slab(6, slab_page(5, 50, 8), 3);
   damage(slab_page_offset(s, 6));
   damage(slab_page_offset(s, 6) + kPageSize);

@@ -1,7 +1,8 @@
 // Reads a whole pool, area by area, and holds what it finds against what must be true; see checker.h.
 //
-// Memory: one bit per chunk of each layer (2 MiB per TiB), so that a chunk mapped twice is noticed in one pass. The
-// few that are found are read a second time, which names both places and forgives what an open volume was just moving.
+// Memory: one bit per chunk of what a layer maps (2 MiB per dense TiB), so that a chunk mapped twice is noticed in one
+// pass. The few that are found are read a second time, which names both places and forgives what an open volume was just
+// moving.
 #include "checker.h"
 
 #include <algorithm>
@@ -23,6 +24,7 @@ using Severity = CheckFinding::Severity;
 
 constexpr size_t kPairSize = 2 * kPageSize;
 constexpr size_t kBigRead = 4u << 20;
+constexpr uint32_t kPieceChunks = 65536;  // 4 GiB of a volume: 8 KiB of memory
 constexpr size_t kMaxTwice = 1000;  // chunks mapped twice that are named one by one
 
 struct VolumeSeen {
@@ -37,17 +39,26 @@ struct VolumeSeen {
 
 struct LayerSeen {
   LayerRecordInfo info;
-  uint64_t chunks = 0;             // how many logical chunks it may map
+  uint64_t chunks = 0;  // how many logical chunks it may map
   bool is_top = false;
-  bool settled = true;             // nobody may be writing it, and its last writer closed it cleanly
-  uint64_t epoch = 0;              // of its volume, if it is the top; 0: unknown
-  std::vector<bool> mapped;        // by logical chunk
+  bool settled = true;       // nobody may be writing it, and its last writer closed it cleanly
+  uint64_t epoch = 0;        // of its volume, if it is the top; 0: unknown
+  // By logical chunk, in pieces of kPieceChunks that exist where something is mapped: volumes are large and thin.
+  std::unordered_map<uint32_t, std::vector<bool>> mapped;
+
+  // True: it was mapped before.
+  bool map(uint32_t chunk) {
+    std::vector<bool>& piece = mapped[chunk / kPieceChunks];
+    if (piece.empty()) piece.resize(kPieceChunks);
+    const bool before = piece[chunk % kPieceChunks];
+    piece[chunk % kPieceChunks] = true;
+    return before;
+  }
 };
 
 struct Twice {
   uint64_t layer_id;
   uint32_t chunk;
-  uint64_t slab;  // where it was seen for the second time
 };
 
 std::string place(const std::string& what, uint64_t number) { return what + " " + std::to_string(number); }
@@ -190,10 +201,10 @@ class Checker {
         const std::string which = "fence page " + std::to_string(i) + " of " + place("host", host);
         if (state != PageState::kOk) {
           find_at(Severity::kError, "fence-page-bad", offset, kPageSize,
-                  which + " " + page_state_text(state) + ": a generation that falls on it can't get a lease until it is "
-                  "written again");
-        } else if (page.host_id != host ||
-                   (page.generation != 0 && page.generation % s_.fence_generations != i)) {
+                  which + " " + page_state_text(state) +
+                      ": a generation that falls on it can't get a lease until it is "
+                      "written again");
+        } else if (page.host_id != host || (page.generation != 0 && page.generation % s_.fence_generations != i)) {
           find_at(Severity::kError, "fence-page-misplaced", offset, kPageSize,
                   which + " names " + place("host", page.host_id) + ", " + place("generation", page.generation));
         } else if (page.generation != 0) {
@@ -265,16 +276,21 @@ class Checker {
     const auto fence = fenced_.find(record.host_id);
     if (record.state == VolumeState::kOpen && fence != fenced_.end() && record.generation <= fence->second) {
       find(Severity::kInfo, "open-by-fenced-host",
-           name + " was left open by " + place("host", record.host_id) + ", " +
-               place("generation", record.generation) + ", which is fenced")
+           name + " was left open by " + place("host", record.host_id) + ", " + place("generation", record.generation) +
+               ", which is fenced")
           .volume_id = record.volume_id;
     }
-    VolumeSeen seen{slot, field_text(record.name), record.state, (record.header.flags & format::kVolumeUnclean) != 0,
-                    record.size_bytes, record.top_layer_id, record.epoch};
+    VolumeSeen seen{slot,
+                    field_text(record.name),
+                    record.state,
+                    (record.header.flags & format::kVolumeUnclean) != 0,
+                    record.size_bytes,
+                    record.top_layer_id,
+                    record.epoch};
     const auto [existing, fresh] = volumes_.try_emplace(record.volume_id, std::move(seen));
     if (!fresh) {
-      wrong("volume-twice", "has two records, in slots " + std::to_string(existing->second.slot) + " and " +
-                                std::to_string(slot));
+      wrong("volume-twice",
+            "has two records, in slots " + std::to_string(existing->second.slot) + " and " + std::to_string(slot));
     }
   }
 
@@ -342,9 +358,8 @@ class Checker {
       if (top == layers_.end() || top->second.info.state == LayerState::kDeleted) {
         CheckFinding& finding = find_at(
             Severity::kError, "volume-without-layer", volume_record_offset(s_, volume.slot), kPairSize,
-            "volume " + std::to_string(id) + " (" + volume.name + ") has " +
-                place("layer", volume.top_layer_id) + " as its top, which " +
-                (top == layers_.end() ? "has no record" : "is deleted"));
+            "volume " + std::to_string(id) + " (" + volume.name + ") has " + place("layer", volume.top_layer_id) +
+                " as its top, which " + (top == layers_.end() ? "has no record" : "is deleted"));
         finding.volume_id = id;
         finding.layer_id = volume.top_layer_id;
         continue;
@@ -361,13 +376,14 @@ class Checker {
              place("layer", id) + " is writable, but " + place("volume", seen.info.volume_id) + " has no record")
             .layer_id = id;
       }
-      seen.mapped.resize(std::min<uint64_t>(seen.chunks, format::kNoChunk));
+      seen.chunks = std::min<uint64_t>(seen.chunks, format::kNoChunk);
     }
   }
 
   void check_chain(uint64_t id, const LayerSeen& seen) {
     const auto wrong = [&](const char* kind, const std::string& what) {
-      find_at(Severity::kError, kind, layer_record_offset(s_, seen.info.slot), kPairSize, place("layer", id) + " " + what)
+      find_at(Severity::kError, kind, layer_record_offset(s_, seen.info.slot), kPairSize,
+              place("layer", id) + " " + what)
           .layer_id = id;
     };
     if (seen.info.size_bytes > format::kMaxVolumeBytes) wrong("layer-size", "has an impossible size");
@@ -385,7 +401,8 @@ class Checker {
         if (parent->second.info.state == LayerState::kWritable) {
           wrong("layer-parent-writable", "rests on a layer that is still writable: " + link);
         }
-        if (parent->second.info.birth >= child->info.birth) wrong("layer-order", "is not newer than its parent: " + link);
+        if (parent->second.info.birth >= child->info.birth)
+          wrong("layer-order", "is not newer than its parent: " + link);
       }
       child = &parent->second;
     }
@@ -400,8 +417,7 @@ class Checker {
     }
   }
 
-  void find_slab(Severity severity, const char* kind, uint64_t slab, const SlabPage* page,
-                 const std::string& what) {
+  void find_slab(Severity severity, const char* kind, uint64_t slab, const SlabPage* page, const std::string& what) {
     const uint64_t offset = slab_page_offset(s_, slab);
     std::string whose;
     if (page != nullptr && page->layer_id != 0) {
@@ -526,16 +542,15 @@ class Checker {
                     "its " + place("chunk", i) + " marks blocks both as data and as zeros");
       }
       if (layer == nullptr) continue;
-      if (entry.logical_chunk >= layer->mapped.size()) {
+      if (entry.logical_chunk >= layer->chunks) {
         find_chunks(Severity::kError, "chunk-past-end", slab, page, entry.logical_chunk, 1,
                     "its " + place("chunk", i) + " is past the end of the layer");
         continue;
       }
-      if (layer->mapped[entry.logical_chunk]) {
+      if (layer->map(entry.logical_chunk)) {
         twice_count_++;
-        if (twice_.size() < kMaxTwice) twice_.push_back({page.layer_id, entry.logical_chunk, slab});
+        if (twice_.size() < kMaxTwice) twice_.push_back({page.layer_id, entry.logical_chunk});
       }
-      layer->mapped[entry.logical_chunk] = true;
     }
   }
 
@@ -546,7 +561,7 @@ class Checker {
                     std::to_string(format::kHolesPerSlab));
       return;
     }
-    const uint64_t end = layer != nullptr ? layer->mapped.size() : format::kNoChunk;
+    const uint64_t end = layer != nullptr ? layer->chunks : format::kNoChunk;
     for (uint32_t i = 0; i < page.hole_count; i++) {
       const format::HoleRange& hole = page.holes[i];
       if (hole.length == 0 || hole.start >= end || hole.length > end - hole.start) {

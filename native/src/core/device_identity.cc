@@ -226,7 +226,8 @@ DrainTime drain_of_nvme(const std::string& disk) {
   if (transport != "pcie") {
     std::optional<uint64_t> fast = number(read_attribute(disk + "/device/fast_io_fail_tmo"));
     if (!fast) fast = number(read_attribute(disk + "/device/ctrl_loss_tmo"));
-    if (!fast) return {std::nullopt, "NVMe over fabrics is set to reconnect without limit, or native multipath hides it"};
+    if (!fast)
+      return {std::nullopt, "NVMe over fabrics is set to reconnect without limit, or native multipath hides it"};
     reconnect = *fast;
   }
   const uint64_t seconds = *timeout * (1 + *retries) + 2 * *timeout + reconnect;

@@ -106,11 +106,12 @@ Status Lease::read_slot(Slot* slot) {
 
 // Whether the slot shows what we left there, or at first, what a new generation may follow.
 Status Lease::judge_slot(const Slot& slot) {
-  const std::string us = "host " + std::to_string(options_.host_id) + ", generation " +
-                         std::to_string(options_.generation);
+  const std::string us =
+      "host " + std::to_string(options_.host_id) + ", generation " + std::to_string(options_.generation);
   if (!slot.copies.valid()) {
-    return {Code::kCorrupt, "both copies of the heartbeat page of " + us + " are damaged; written anew, and held "
-                            "until it reads back"};
+    return {Code::kCorrupt, "both copies of the heartbeat page of " + us +
+                                " are damaged; written anew, and held "
+                                "until it reads back"};
   }
   const HeartbeatPage& page = slot.newest();
   const bool same_life = page.generation == options_.generation && page.state == HeartbeatState::kLive;
@@ -185,8 +186,8 @@ LeaseOutcome Lease::fence(Status why) {
 
 Status Lease::write_stopped() {
   if (state_ == LeaseState::kStopped) return {};
-  const std::string us = "host " + std::to_string(options_.host_id) + ", generation " +
-                         std::to_string(options_.generation);
+  const std::string us =
+      "host " + std::to_string(options_.host_id) + ", generation " + std::to_string(options_.generation);
   Slot slot;
   if (Status status = read_slot(&slot); !status.ok()) return status;
   if (slot.copies.valid()) {

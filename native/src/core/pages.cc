@@ -92,7 +92,8 @@ PageState verify_any_pool(const void* page, uint32_t magic, uint64_t address) {
   // Version and CRC keep their place and meaning in every future version, so that "newer" can be told from "damaged".
   if (header.magic != magic) {
     if (header.magic != 0) return PageState::kBadMagic;
-    // No magic but something else: the first write of the page was torn, and its first sector is the one that is missing.
+    // No magic but something else: the first write of the page was torn, and its first sector is the one that is
+    // missing.
     return is_zero(page, kPageSize) ? PageState::kBlank : PageState::kBadCrc;
   }
   if (header.crc32c != page_crc(page)) return PageState::kBadCrc;
@@ -142,8 +143,8 @@ Copies choose_slab(const SlabPage& a, const SlabPage& b, const format::Uuid& poo
   const bool a_ok = copies.state[0] == PageState::kOk;
   const bool b_ok = copies.state[1] == PageState::kOk;
   if (a_ok && b_ok) {
-    const bool b_newer = b.generation != a.generation ? b.generation > a.generation
-                                                      : b.header.sequence > a.header.sequence;
+    const bool b_newer =
+        b.generation != a.generation ? b.generation > a.generation : b.header.sequence > a.header.sequence;
     copies.newest = b_newer ? 1 : 0;
     copies.equal = same_content(&a, &b);
   } else if (a_ok || b_ok) {

@@ -164,8 +164,8 @@ Status add_slabs(SyncDevice& device, Superblock* s, uint64_t device_bytes, uint6
   std::vector<Area> kept;
   const uint64_t in_last = s->slab_count % format::kSlabsPerRegion;
   if (in_last != 0) {
-    const uint64_t first_new = format::slab_page_offset(s->first_region_offset, s->slab_count - 1) +
-                               format::kSlabPairSize;
+    const uint64_t first_new =
+        format::slab_page_offset(s->first_region_offset, s->slab_count - 1) + format::kSlabPairSize;
     kept.push_back({first_new, (format::kSlabsPerRegion - in_last) * format::kSlabPairSize});
   }
   std::vector<Area> fresh;
@@ -252,7 +252,8 @@ Result<PoolInfo> read_pool(SyncDevice& device) {
   if (!ok[0] && !ok[1]) {
     const bool ever = state[0] == PageState::kBadCrc || state[1] == PageState::kBadCrc ||
                       state[0] == PageState::kWrongAddress || state[1] == PageState::kWrongAddress;
-    if (!ever) return Status{Code::kNotAPool, device.name() + " holds no Holdfast pool. `holdfast pool format` makes one"};
+    if (!ever)
+      return Status{Code::kNotAPool, device.name() + " holds no Holdfast pool. `holdfast pool format` makes one"};
     return Status{Code::kCorrupt, "both superblocks of " + device.name() + " are damaged (A " +
                                       page_state_text(state[0]) + ", B " + page_state_text(state[1]) +
                                       "). Restore the first MiB from a backup; nothing else is touched until then"};
@@ -270,13 +271,12 @@ Result<PoolInfo> read_pool(SyncDevice& device) {
                                           hex(s.features_incompat) + "). Upgrade Holdfast on this node"};
   }
   if (Status status = check_geometry(s); !status.ok()) return status;
-  if (s.renew_interval_ms == 0 || s.fencing == format::FencingClass::kNone ||
-      s.fencing > format::FencingClass::kLoop) {
+  if (s.renew_interval_ms == 0 || s.fencing == format::FencingClass::kNone || s.fencing > format::FencingClass::kLoop) {
     return Status{Code::kCorrupt, "the superblock of " + device.name() + " names no fencing class or no lease"};
   }
   if (s.device_bytes > device.size_bytes()) {
-    return Status{Code::kTooSmall, "the pool covers " + std::to_string(s.device_bytes) + " bytes but " +
-                                       device.name() + " has only " + std::to_string(device.size_bytes()) +
+    return Status{Code::kTooSmall, "the pool covers " + std::to_string(s.device_bytes) + " bytes but " + device.name() +
+                                       " has only " + std::to_string(device.size_bytes()) +
                                        ": the device shrank. Give it back its size before anything writes to it"};
   }
   PoolInfo info = make_info(s);
@@ -287,8 +287,9 @@ Result<PoolInfo> read_pool(SyncDevice& device) {
                             kCopyNames[1 - copy] + " was used");
   }
   if (ok[0] && ok[1] && a.header.sequence != b.header.sequence) {
-    info.warnings.push_back("the superblocks of " + device.name() + " differ in age (an update was interrupted); copy " +
-                            std::string(kCopyNames[newest]) + " is newer and was used");
+    info.warnings.push_back("the superblocks of " + device.name() +
+                            " differ in age (an update was interrupted); copy " + std::string(kCopyNames[newest]) +
+                            " is newer and was used");
   }
   if (s.features_ro_compat != 0) {
     info.read_only = true;
@@ -303,8 +304,8 @@ Result<PoolInfo> grow_pool(SyncDevice& device, const PoolInfo& info, const Progr
   Result<PoolInfo> now = read_pool(device);
   if (!now.ok()) return now;
   if (now->uuid != info.uuid) {
-    return Status{Code::kWrongPool, device.name() + " holds pool " + uuid_text(now->uuid) + ", not " +
-                                        uuid_text(info.uuid)};
+    return Status{Code::kWrongPool,
+                  device.name() + " holds pool " + uuid_text(now->uuid) + ", not " + uuid_text(info.uuid)};
   }
   if (now->read_only) return Status{Code::kUnsupported, now->warnings.back()};
   Superblock s = now->superblock;

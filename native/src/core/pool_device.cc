@@ -222,7 +222,8 @@ Result<uint32_t> choose_drain(const FdDevice& device, const FormatOptions& optio
   if (drain.ms) return *drain.ms;
   return Status{Code::kInvalidArgument,
                 "lease-only fencing waits until the device can hold back no more I/O, and for " + device.name() +
-                    " that time is unknown: " + drain.why + ". Bound it and give the drain time yourself, or use manual"};
+                    " that time is unknown: " + drain.why +
+                    ". Bound it and give the drain time yourself, or use manual"};
 }
 
 Status refuse_what_stands(const DeviceInspection& found, const std::string& path, bool force) {
@@ -232,7 +233,8 @@ Status refuse_what_stands(const DeviceInspection& found, const std::string& path
                                          : "a Holdfast pool that this build can't read: " + found.signature;
     return {Code::kAlreadyExists, path + " already holds " + which + ". Force the format only if all of it may go"};
   }
-  return {Code::kForeignData, path + " holds " + (found.signature == "data" ? "data of unknown kind" : found.signature) +
+  return {Code::kForeignData, path + " holds " +
+                                  (found.signature == "data" ? "data of unknown kind" : found.signature) +
                                   ". Force the format only if all of it may go"};
 }
 
@@ -246,9 +248,9 @@ Status check_wwid(PoolInfo& info, const std::string& wwid, const std::string& de
   }
   bool moved = false;
   if (!same_wwid(info.wwid, wwid, &moved)) {
-    return {Code::kWrongPool, device + " is " + (wwid.empty() ? "a device without an identity" : wwid) +
-                                  ", but pool " + info.name + " (" + uuid_text(info.uuid) + ") was made on " +
-                                  info.wwid + ": this is a clone or a copy. Use the original, or format this one"};
+    return {Code::kWrongPool, device + " is " + (wwid.empty() ? "a device without an identity" : wwid) + ", but pool " +
+                                  info.name + " (" + uuid_text(info.uuid) + ") was made on " + info.wwid +
+                                  ": this is a clone or a copy. Use the original, or format this one"};
   }
   if (moved) {
     info.warnings.push_back("the file system that holds the disk image of pool " + info.name +
@@ -302,8 +304,8 @@ Result<PoolInfo> format_device(const std::string& path, const FormatOptions& opt
           .count());
   HF_ASSERT(set_field(s.name, options.name));
   if (!set_field(s.wwid, found->wwid)) {
-    return Status{Code::kUnsupported, "the identity of " + path + " is longer than the superblock has room for: " +
-                                          found->wwid};
+    return Status{Code::kUnsupported,
+                  "the identity of " + path + " is longer than the superblock has room for: " + found->wwid};
   }
   Result<format::Uuid> uuid = options.uuid ? Result<format::Uuid>(*options.uuid) : random_uuid();
   if (!uuid.ok()) return uuid.status;
@@ -315,11 +317,12 @@ Result<PoolInfo> read_pool_at(FdDevice& device) {
   Result<PoolInfo> pool = read_pool(device);
   if (!pool.ok()) return pool;
   if (!pool->warnings.empty()) {
-    const std::string signature = lower(find_signature("/proc/self/fd/" + std::to_string(device.fd()),
-                                                       format::kAuthorityOffset));
+    const std::string signature =
+        lower(find_signature("/proc/self/fd/" + std::to_string(device.fd()), format::kAuthorityOffset));
     if (!signature.empty()) {
-      return Status{Code::kForeignData, device.name() + " was pool " + pool->name + ", but " + signature +
-                                            " was written over its beginning. Nothing is touched until a person decides"};
+      return Status{Code::kForeignData,
+                    device.name() + " was pool " + pool->name + ", but " + signature +
+                        " was written over its beginning. Nothing is touched until a person decides"};
     }
   }
   if (Status status = check_wwid(*pool, device_wwid(device), device.name()); !status.ok()) return status;

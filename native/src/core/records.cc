@@ -218,8 +218,7 @@ Result<std::vector<LayerRecordInfo>> read_layer_records(SyncDevice& device, cons
   return read_table<LayerRecordInfo, LayerRecord>(device, s, s.layer_table_offset, s.layer_slots, damaged);
 }
 
-Status write_volume_closed(SyncDevice& device, const Superblock& s, uint32_t slot, uint64_t volume_id,
-                           uint64_t epoch) {
+Status write_volume_closed(SyncDevice& device, const Superblock& s, uint32_t slot, uint64_t volume_id, uint64_t epoch) {
   Result<VolumeRecord> found = require_volume(device, s, slot, volume_id);
   if (!found.ok()) return found.status;
   if (found->epoch != epoch) {
@@ -295,12 +294,14 @@ Status claim_authority(SyncDevice& device, const Superblock& s, const AuthorityC
   if (pair.copies.valid() && !claim.force) {
     const AuthorityPage& stands = pair.newest();
     if (!uuid_is_zero(stands.store) && stands.store != claim.store) {
-      return {Code::kStale, "the pool belongs to another metadata service (" + authority_text(stands) +
-                                "). Two services must never share a pool; take it over only if that one is gone for good"};
+      return {Code::kStale,
+              "the pool belongs to another metadata service (" + authority_text(stands) +
+                  "). Two services must never share a pool; take it over only if that one is gone for good"};
     }
     if (!uuid_is_zero(stands.store) && compare_authority(stands, claim.incarnation, claim.term) > 0) {
-      return {Code::kStale, "a newer claim stands on the pool (" + authority_text(stands) + "), and this is incarnation " +
-                                std::to_string(claim.incarnation) + ", term " + std::to_string(claim.term) +
+      return {Code::kStale, "a newer claim stands on the pool (" + authority_text(stands) +
+                                "), and this is incarnation " + std::to_string(claim.incarnation) + ", term " +
+                                std::to_string(claim.term) +
                                 ": an older database or a deposed leader must not give orders"};
     }
   }
@@ -333,8 +334,8 @@ Status claim_authority(SyncDevice& device, const Superblock& s, const AuthorityC
 
 namespace {
 Heartbeat decode(const HeartbeatPage& page) {
-  return {page.host_id,       page.state,         page.generation,      page.header.sequence, page.nonce,
-          field_text(page.node_name), page.machine_id, page.boot_id};
+  return {page.host_id,    page.state,  page.generation, page.header.sequence, page.nonce, field_text(page.node_name),
+          page.machine_id, page.boot_id};
 }
 }  // namespace
 
@@ -362,9 +363,9 @@ Result<std::vector<Heartbeat>> read_heartbeats(SyncDevice& device, const Superbl
       found.push_back(decode(copies.newest == 0 ? a : b));
     } else {
       found.emplace_back().host_id = host;
-      damaged->push_back(damaged_status(device, "the heartbeat of host " + std::to_string(host),
-                                        heartbeat_offset(s, host), copies)
-                             .message);
+      damaged->push_back(
+          damaged_status(device, "the heartbeat of host " + std::to_string(host), heartbeat_offset(s, host), copies)
+              .message);
     }
   }
   return found;

@@ -85,18 +85,21 @@ class Wiper {
   Status free_pages(uint64_t layer_id, const SlabRun& run) {
     PageBuffer out(2 * kPageSize);
     Status written;
-    Status read = for_each_pair(device_, s_, run, &buffer_, [&](uint64_t slab, SlabPage& a, SlabPage& b, Copies copies) {
-      if (!written.ok()) return;
-      const SlabOwner owner = owner_of(slab, a, b, copies);
-      const bool later = owner.generation > run.generation;
-      if (later || (owner.state == SlabOwner::State::kClaimed && owner.layer_id != layer_id)) {
-        left_alone_ += (left_alone_.empty() ? "" : "; ") + std::string("slab ") + std::to_string(slab) + " says layer " +
-                       std::to_string(owner.layer_id) + ", generation " + std::to_string(owner.generation);
-        return;
-      }
-      if (!copies.blank()) written = free_page(slab, run.generation, copies.valid() ? newest(a, b, copies) : 0, &out);
-      remember(slab);
-    });
+    Status read =
+        for_each_pair(device_, s_, run, &buffer_, [&](uint64_t slab, SlabPage& a, SlabPage& b, Copies copies) {
+          if (!written.ok()) return;
+          const SlabOwner owner = owner_of(slab, a, b, copies);
+          const bool later = owner.generation > run.generation;
+          if (later || (owner.state == SlabOwner::State::kClaimed && owner.layer_id != layer_id)) {
+            left_alone_ += (left_alone_.empty() ? "" : "; ") + std::string("slab ") + std::to_string(slab) +
+                           " says layer " + std::to_string(owner.layer_id) + ", generation " +
+                           std::to_string(owner.generation);
+            return;
+          }
+          if (!copies.blank())
+            written = free_page(slab, run.generation, copies.valid() ? newest(a, b, copies) : 0, &out);
+          remember(slab);
+        });
     return read.ok() ? written : read;
   }
 
@@ -164,8 +167,9 @@ Status wipe_volume(SyncDevice& device, const Superblock& s, const WipeRequest& r
   // A slot that never saw this volume: it was never opened, and there is nothing to say about it.
   if (volume->has_value() && (*volume)->volume_id == request.volume_id) {
     if ((*volume)->epoch > request.closed_epoch) {
-      return {Code::kStale, "volume " + std::to_string(request.volume_id) + " was opened again since the epoch that the "
-                            "deletion names; nothing was deleted"};
+      return {Code::kStale, "volume " + std::to_string(request.volume_id) +
+                                " was opened again since the epoch that the "
+                                "deletion names; nothing was deleted"};
     }
     if ((*volume)->state != format::VolumeState::kDeleted) {
       format::VolumeRecord record = **volume;
@@ -178,8 +182,7 @@ Status wipe_volume(SyncDevice& device, const Superblock& s, const WipeRequest& r
   for (const WipeLayer& layer : request.layers) {
     Result<std::optional<format::LayerRecord>> found = load_layer_record(device, s, layer.slot);
     if (!found.ok()) return found.status;
-    if (found->has_value() && (*found)->layer_id == layer.layer_id &&
-        (*found)->state != format::LayerState::kDeleted) {
+    if (found->has_value() && (*found)->layer_id == layer.layer_id && (*found)->state != format::LayerState::kDeleted) {
       format::LayerRecord record = **found;
       record.state = format::LayerState::kDeleted;
       if (Status status = write_layer_record(device, s, layer.slot, record); !status.ok()) return status;
@@ -187,8 +190,10 @@ Status wipe_volume(SyncDevice& device, const Superblock& s, const WipeRequest& r
     if (Status status = wiper.wipe(layer); !status.ok()) return status;
   }
   if (wiper.left_alone().empty()) return {};
-  return {Code::kStale, "volume " + std::to_string(request.volume_id) + " was deleted, but some of the slabs named "
-                        "with it are somebody else's and were left alone: " + wiper.left_alone()};
+  return {Code::kStale, "volume " + std::to_string(request.volume_id) +
+                            " was deleted, but some of the slabs named "
+                            "with it are somebody else's and were left alone: " +
+                            wiper.left_alone()};
 }
 
 }  // namespace holdfast

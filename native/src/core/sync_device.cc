@@ -48,7 +48,8 @@ Result<std::unique_ptr<FdDevice>> FdDevice::open(const std::string& path, Mode m
     return Status{Code::kIo, "can't look at " + path + ": " + std::strerror(errno)};
   }
   if (!S_ISBLK(before.st_mode) && !S_ISREG(before.st_mode)) {
-    return Status{Code::kInvalidArgument, path + " is neither a block device nor an image file; name the device itself"};
+    return Status{Code::kInvalidArgument,
+                  path + " is neither a block device nor an image file; name the device itself"};
   }
   int flags = O_DIRECT | O_CLOEXEC | (mode == Mode::kRead ? O_RDONLY : O_RDWR);
   if (mode == Mode::kExclusive && S_ISBLK(before.st_mode)) flags |= O_EXCL;
