@@ -15,6 +15,7 @@
 #include "core/memory_device.h"
 #include "core/page_arena.h"
 #include "core/pages.h"
+#include "core/sim_disk.h"
 #include "core/sim_executor.h"
 #include "core/volume.h"
 
@@ -171,8 +172,17 @@ class ArenaMemory {
 // One volume on one pool. Everything runs when the test says so.
 class Bench {
  public:
-  explicit Bench(uint64_t size_bytes = 64 * kMiB, uint64_t stock_slabs = 64)
-      : superblock(small_superblock()), memory(superblock.device_bytes), errors(memory), device(errors) {
+  // With a seed: on a disk that forgets; else on memory that never does.
+  explicit Bench(uint64_t size_bytes = 64 * kMiB, uint64_t stock_slabs = 64, uint64_t seed = 0)
+      : superblock(small_superblock()),
+        memory(superblock.device_bytes),
+        sim(superblock.device_bytes, seed,
+            [this](uint64_t block) {
+              return block * kBlock < superblock.first_region_offset + format::kRegionPagesSize;
+            }),
+        on_sim(seed != 0),
+        errors(seed != 0 ? static_cast<BlockDevice&>(sim) : memory),
+        device(errors) {
     stock.add(0, stock_slabs, 1);
     spec.volume_id = 5;
     spec.slot = 3;
@@ -188,7 +198,24 @@ class Bench {
     top.size_bytes = size_bytes;
     spec.layers.push_back(top);
   }
-  ~Bench() { executor.run_until_idle(); }
+  ~Bench() { drive(); }
+
+  // Until nothing moves any more but what a test holds back.
+  void drive() {
+    for (;;) {
+      executor.run_until_idle();
+      if (!on_sim || sim.in_flight() == 0) return;
+      sim.complete_one();
+    }
+  }
+  void raw_read(uint64_t offset, void* to, size_t length) const {
+    if (on_sim) sim.peek(offset, to, length);
+    else memory.read(offset, to, length);
+  }
+  void raw_write(uint64_t offset, const void* from, size_t length) {
+    if (on_sim) sim.poke(offset, from, length);
+    else memory.write(offset, from, length);
+  }
 
   VolumeEnvironment environment() {
     VolumeEnvironment e;
@@ -212,7 +239,7 @@ class Bench {
       status = result.status;
       if (result.ok()) volume = std::move(*result);
     });
-    executor.run_until_idle();
+    drive();
     return status;
   }
   // As after a clean close, a crash, or a move: the next grant, with what the observer has reported.
@@ -232,32 +259,47 @@ class Bench {
     observer.claimed.clear();
     observer.emptied.clear();
   }
-  // The process is gone; the device has finished what it had; the arena's memory stays.
+  // The process is gone; the device has finished what it had; the arena's memory stays as it was.
   void kill() {
-    executor.run_until_idle();
+    drive();
+    std::vector<std::byte> memory_then(arena_memory.data(), arena_memory.data() + arena_memory.size());
+    if (on_sim) sim.kill();
+    EXPECT_TRUE(abort().ok());
     volume.reset();
     arena.reset();
-    stock_keep();
+    std::memcpy(arena_memory.data(), memory_then.data(), memory_then.size());
+    if (on_sim) sim.revive();
   }
-  void stock_keep() {}
+  // The process and the power are gone.
+  void cut_power() {
+    HF_ASSERT(on_sim);
+    sim.kill();
+    device.set_delay(nullptr);
+    device.let_all_go();
+    EXPECT_TRUE(abort().ok());
+    volume.reset();
+    arena.reset();
+    sim.cut_power();
+    sim.revive();
+  }
 
   Status close() {
     Status status{Code::kUnavailable, "close() never answered"};
     volume->close([&](Status s) { status = std::move(s); });
-    executor.run_until_idle();
+    drive();
     if (status.ok()) volume.reset();
     return status;
   }
   Status abort() {
     Status status{Code::kUnavailable, "abort() never answered"};
     volume->abort([&](Status s) { status = std::move(s); });
-    executor.run_until_idle();
+    drive();
     return status;
   }
   Status grow(uint64_t size) {
     Status status{Code::kUnavailable, "grow() never answered"};
     volume->grow(size, [&](Status s) { status = std::move(s); });
-    executor.run_until_idle();
+    drive();
     return status;
   }
 
@@ -291,7 +333,7 @@ class Bench {
   }
   int run(VolumeOp op, uint64_t offset, uint64_t length, uint8_t fill = 0, bool fua = false) {
     auto pending = start(op, offset, length, fill, fua);
-    executor.run_until_idle();
+    drive();
     EXPECT_TRUE(pending->done()) << "the request was never answered";
     return pending->error;
   }
@@ -301,7 +343,7 @@ class Bench {
   // Whether every byte reads as `fill`.
   ::testing::AssertionResult reads(uint64_t offset, uint64_t length, uint8_t fill) {
     auto pending = start(VolumeOp::kRead, offset, length);
-    executor.run_until_idle();
+    drive();
     if (pending->error != 0) return ::testing::AssertionFailure() << "errno " << pending->error;
     for (uint64_t i = 0; i < length; i++) {
       const auto byte = static_cast<uint8_t>(pending->buffer->data()[i]);
@@ -317,27 +359,29 @@ class Bench {
   }
   format::SlabPage page(uint64_t slab, uint32_t copy) const {
     format::SlabPage page;
-    memory.read(page_address(slab, copy), &page, sizeof page);
+    raw_read(page_address(slab, copy), &page, sizeof page);
     return page;
   }
   void damage(uint64_t address) {
     std::vector<uint8_t> block(kBlock);
-    memory.read(address, block.data(), kBlock);
+    raw_read(address, block.data(), kBlock);
     for (size_t i = 600; i < 1100; i++) block[i] = static_cast<uint8_t>(block[i] ^ 0x5a);
-    memory.write(address, block.data(), kBlock);
+    raw_write(address, block.data(), kBlock);
   }
   uint64_t record_address(uint32_t copy) const {
     return superblock.volume_table_offset + (spec.slot * 2 + copy) * kBlock;
   }
   format::VolumeRecord record(uint32_t copy) const {
     format::VolumeRecord record;
-    memory.read(record_address(copy), &record, sizeof record);
+    raw_read(record_address(copy), &record, sizeof record);
     return record;
   }
 
   SimExecutor executor;
   format::Superblock superblock;
   MemoryDevice memory;
+  SimDisk sim;
+  const bool on_sim;
   ErrorDevice errors;
   DelayDevice device;
   TestStock stock;

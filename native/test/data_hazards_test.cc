@@ -1,0 +1,548 @@
+// The known ways to lose or leak data (DESIGN section 10, "Data"), each tried on purpose. A test's name is the promise.
+#include <cerrno>
+#include <functional>
+
+#include "volume_fixture.h"
+
+namespace holdfast::test {
+namespace {
+
+using format::SlabPage;
+using format::VolumeRecord;
+
+// A sealed slab page as some other owner might have left it.
+SlabPage page_of(const Bench& bench, uint64_t slab, uint32_t copy, uint64_t generation, uint64_t layer, uint64_t sequence,
+                 uint64_t epoch = 1) {
+  SlabPage page{};
+  page.layer_id = layer;
+  page.generation = generation;
+  page.epoch = epoch;
+  page.volume_id = 99;
+  for (uint32_t c = 0; c < format::kChunksPerSlab; c++) {
+    page.entries[c] = layer == 0 ? format::SlabEntry{format::kNoChunk, 0, 0} : format::SlabEntry{c, 0xffff, 0};
+  }
+  seal(page, kPoolUuid, bench.page_address(slab, copy), sequence);
+  return page;
+}
+
+TEST(DataHazard, AnOldOwnersPageWithAHigherNumberNeverWins) {
+  Bench bench(64 * kMiB, 1);
+  for (uint32_t copy = 0; copy < 2; copy++) {
+    const SlabPage old = page_of(bench, 0, copy, 1, 77, 1'000'000 + copy);
+    bench.raw_write(bench.page_address(0, copy), &old, sizeof old);
+  }
+  bench.stock.clear();
+  bench.stock.add(0, 1, 2);  // granted anew: generation 2
+  ASSERT_TRUE(bench.open().ok());
+  EXPECT_TRUE(bench.reads(0, 16 * kMiB, 0));
+  ASSERT_EQ(bench.write(0, kBlock, 5), 0);
+  // Both copies were claimed before the data went in: nothing of the old owner is left to win.
+  for (uint32_t copy = 0; copy < 2; copy++) EXPECT_EQ(bench.page(0, copy).generation, 2u);
+  ASSERT_EQ(bench.flush(), 0);
+  ASSERT_TRUE(bench.abort().ok());
+  // Whichever one copy is lost, the other is ours.
+  for (uint32_t copy = 0; copy < 2; copy++) {
+    const SlabPage kept = bench.page(0, copy);
+    bench.damage(bench.page_address(0, copy));
+    bench.next_grant();
+    ASSERT_TRUE(bench.open().ok());
+    EXPECT_TRUE(bench.reads(kChunk, 15 * kMiB, 0)) << "copy " << copy << " damaged";
+    ASSERT_TRUE(bench.abort().ok());
+    bench.raw_write(bench.page_address(0, copy), &kept, sizeof kept);
+  }
+}
+
+TEST(DataHazard, AClaimHasBothCopiesDurableBeforeAnyDataGoesIn) {
+  Bench bench(kMiB, 4, 11);
+  ASSERT_TRUE(bench.open().ok());
+  std::vector<std::string> order;
+  bench.device.set_delay([&](const IoRequest& request) {
+    if (request.op == IoOp::kWrite) {
+      const bool page = request.offset < bench.superblock.first_region_offset + format::kRegionPagesSize;
+      order.push_back(page ? (request.offset / kBlock % 2 == 0 ? "A" : "B") + std::string(request.fua ? " durable" : "")
+                           : "data");
+    }
+    return uint64_t{0};
+  });
+  ASSERT_EQ(bench.write(0, kBlock, 1), 0);
+  EXPECT_EQ(order, (std::vector<std::string>{"A durable", "B durable", "data"}));
+}
+
+// Writes, frees and writes elsewhere, cutting the power at every step of it: a chunk whose freeing is not durable in
+// both copies must not hold anything else.
+TEST(DataHazard, AChunkIsNotReusedWhileItsFreeingPageIsOnlyInTheVolatileCache) {
+  for (uint64_t seed = 1; seed <= 40; seed++) {
+    Bench bench(2 * kMiB, 1, seed);
+    bench.chunks_per_slab = 4;
+    ASSERT_TRUE(bench.open().ok());
+    for (uint64_t c = 0; c < 4; c++) ASSERT_EQ(bench.write(c * kChunk, kChunk, static_cast<uint8_t>(c + 1)), 0);
+    ASSERT_EQ(bench.flush(), 0);
+    ASSERT_EQ(bench.discard(0, 2 * kChunk), 0);
+    if (seed % 3 == 1) {
+      ASSERT_EQ(bench.flush(), 0);
+    }
+    // No other room: these wait for the freed chunks, which the volume has to make durable by itself.
+    auto late = bench.start(VolumeOp::kWrite, 10 * kChunk, kChunk, 0x77);
+    auto later = bench.start(VolumeOp::kWrite, 11 * kChunk, kChunk, 0x78);
+    for (uint64_t steps = 0; steps < seed; steps++) {
+      bench.executor.run_until_idle();
+      if (bench.sim.in_flight() > 0) bench.sim.complete_one();
+    }
+    bench.cut_power();
+    bench.next_grant();
+    ASSERT_TRUE(bench.open().ok());
+    for (uint64_t c = 0; c < 2; c++) {
+      EXPECT_TRUE(bench.reads(c * kChunk, kChunk, 0) || bench.reads(c * kChunk, kChunk, static_cast<uint8_t>(c + 1)))
+          << "seed " << seed;
+    }
+    for (uint64_t c = 2; c < 4; c++) EXPECT_TRUE(bench.reads(c * kChunk, kChunk, static_cast<uint8_t>(c + 1)));
+    ASSERT_TRUE(bench.abort().ok());
+  }
+}
+
+TEST(DataHazard, FreedChunksComeBackWhenThePoolHasNoOtherRoom) {
+  Bench bench(2 * kMiB, 1);
+  bench.chunks_per_slab = 4;
+  ASSERT_TRUE(bench.open().ok());
+  for (uint64_t c = 0; c < 4; c++) ASSERT_EQ(bench.write(c * kChunk, kChunk, 1), 0);
+  ASSERT_EQ(bench.discard(0, 2 * kChunk), 0);
+  EXPECT_EQ(bench.write(10 * kChunk, 2 * kChunk, 9), 0);
+  EXPECT_TRUE(bench.reads(10 * kChunk, 2 * kChunk, 9));
+  EXPECT_TRUE(bench.reads(0, 2 * kChunk, 0));
+}
+
+TEST(DataHazard, AFreedChunkIsNotReusedUnderAReadThatBeganBefore) {
+  Bench bench(2 * kMiB, 1);
+  bench.chunks_per_slab = 1;
+  ASSERT_TRUE(bench.open().ok());
+  ASSERT_EQ(bench.write(0, kChunk, 1), 0);
+  bool hold = true;
+  bench.device.set_delay([&](const IoRequest& request) {
+    return hold && request.op == IoOp::kRead ? DelayDevice::kHold : 0;
+  });
+  auto read = bench.start(VolumeOp::kRead, 0, kChunk);
+  bench.drive();
+  ASSERT_EQ(bench.device.held(), 1u);
+  hold = false;
+  ASSERT_EQ(bench.discard(0, kChunk), 0);
+  auto write = bench.start(VolumeOp::kWrite, 4 * kChunk, kChunk, 2);
+  for (int i = 0; i < 4; i++) ASSERT_EQ(bench.flush(), 0);
+  EXPECT_FALSE(write->done()) << "the only chunk there is is still being read";
+  bench.device.let_all_go();
+  bench.drive();
+  ASSERT_EQ(read->error, 0);
+  for (uint64_t i = 0; i < kChunk; i++) ASSERT_NE(static_cast<uint8_t>(read->buffer->data()[i]), 2) << "at " << i;
+  ASSERT_TRUE(write->done());
+  EXPECT_EQ(write->error, 0);
+}
+
+// The page must not speak of data that the flush before it did not cover.
+TEST(DataHazard, APageImageIsTakenBeforeTheDataFlush) {
+  for (uint64_t seed = 1; seed <= 60; seed++) {
+    Bench bench(2 * kMiB, 8, seed);
+    ASSERT_TRUE(bench.open().ok());
+    ASSERT_EQ(bench.write(0, kBlock, 1), 0);
+    bool hold = true;
+    bench.device.set_delay([&](const IoRequest& request) {
+      return hold && request.op == IoOp::kFlush ? DelayDevice::kHold : 0;
+    });
+    auto flush = bench.start(VolumeOp::kFlush, 0, 0);
+    bench.drive();
+    ASSERT_EQ(bench.device.held(), 1u);
+    bench.device.let_go(0);  // the device flush is on its way; what is written now is not covered by it
+    hold = false;
+    auto write = bench.start(VolumeOp::kWrite, kBlock, kBlock, 2);
+    for (uint64_t steps = 0; steps < 3 + seed % 9; steps++) {
+      bench.executor.run_until_idle();
+      if (bench.sim.in_flight() > 0) bench.sim.complete_one();
+    }
+    const bool flushed = flush->done();
+    bench.cut_power();
+    bench.next_grant();
+    ASSERT_TRUE(bench.open().ok());
+    if (flushed) {
+      EXPECT_TRUE(bench.reads(0, kBlock, 1));
+    }
+    EXPECT_TRUE(bench.reads(kBlock, kBlock, 0) || bench.reads(kBlock, kBlock, 2)) << "seed " << seed;
+    ASSERT_TRUE(bench.abort().ok());
+  }
+}
+
+TEST(DataHazard, TheFirstFlushAfterATakeOverIsNeverSkippedAsClean) {
+  for (uint64_t seed = 1; seed <= 20; seed++) {
+    Bench bench(2 * kMiB, 8, seed);
+    ASSERT_TRUE(bench.open().ok());
+    ASSERT_EQ(bench.write(0, kChunk, 1), 0);
+    ASSERT_EQ(bench.flush(), 0);
+    ASSERT_EQ(bench.write(0, kChunk, 2), 0);           // in place: no page changes
+    ASSERT_EQ(bench.write(4 * kChunk, kChunk, 3), 0);  // a new chunk: a page does
+    bench.kill();
+    ASSERT_TRUE(bench.open(true).ok());
+    ASSERT_EQ(bench.flush(), 0);
+    bench.cut_power();
+    bench.next_grant();
+    ASSERT_TRUE(bench.open().ok());
+    EXPECT_TRUE(bench.reads(0, kChunk, 2)) << "seed " << seed;
+    EXPECT_TRUE(bench.reads(4 * kChunk, kChunk, 3)) << "seed " << seed;
+    ASSERT_TRUE(bench.abort().ok());
+  }
+}
+
+TEST(DataHazard, TheFirstFlushAfterOpeningGoesToTheDevice) {
+  Bench bench;
+  ASSERT_TRUE(bench.open().ok());
+  const uint64_t flushes = bench.memory.count(IoOp::kFlush);
+  ASSERT_EQ(bench.flush(), 0);
+  EXPECT_EQ(bench.memory.count(IoOp::kFlush), flushes + 1);
+}
+
+TEST(DataHazard, AnEmptySlabIsReturnedOnlyAfterItsDiscardIsOver) {
+  Bench bench(2 * kMiB, 8);
+  bench.chunks_per_slab = 2;
+  ASSERT_TRUE(bench.open().ok());
+  for (uint64_t c = 0; c < 8; c++) ASSERT_EQ(bench.write(c * kChunk, kChunk, 1), 0);
+  ASSERT_EQ(bench.flush(), 0);
+  ASSERT_EQ(bench.discard(0, 8 * kChunk), 0);
+  bench.device.set_delay([&](const IoRequest& request) {
+    if (request.op != IoOp::kDiscard) return uint64_t{0};
+    // By now neither copy of the page says that the slab is anybody's.
+    for (uint64_t slab = 0; slab < 8; slab++) {
+      if (format::slab_data_offset(bench.superblock.first_region_offset, slab) != request.offset) continue;
+      EXPECT_EQ(bench.page(slab, 0).layer_id, 0u);
+      EXPECT_EQ(bench.page(slab, 1).layer_id, 0u);
+    }
+    return DelayDevice::kHold;
+  });
+  ASSERT_EQ(bench.flush(), 0);
+  ASSERT_EQ(bench.write(9 * kChunk, kBlock, 1), 0);
+  ASSERT_EQ(bench.flush(), 0);
+  ASSERT_GT(bench.device.held(), 0u);
+  EXPECT_TRUE(bench.observer.emptied.empty()) << "returned while its discard was under way";
+  bench.device.set_delay(nullptr);
+  bench.device.let_all_go();
+  bench.drive();
+  EXPECT_FALSE(bench.observer.emptied.empty());
+}
+
+// Hand-made chain: a frozen layer with data everywhere under a writable top.
+struct Chain : Bench {
+  explicit Chain(uint64_t seed, uint64_t size = kMiB) : Bench(size, 32, seed) {}
+  void freeze() {
+    ASSERT_TRUE(close().ok());
+    next_grant();
+    LayerSpec top;
+    top.layer_id = spec.layers[0].layer_id + 1;
+    top.slot = spec.layers[0].slot + 1;
+    top.parent_layer_id = spec.layers[0].layer_id;
+    top.birth = spec.layers[0].birth + 1;
+    spec.layers[0].frozen = true;
+    spec.layers.insert(spec.layers.begin(), top);
+    for (uint32_t copy = 0; copy < 2; copy++) {
+      VolumeRecord changed = record(copy);
+      changed.top_layer_id = top.layer_id;
+      seal(changed, kPoolUuid, record_address(copy), changed.header.sequence + 1);
+      raw_write(record_address(copy), &changed, sizeof changed);
+    }
+  }
+};
+
+TEST(DataHazard, AHoleIsNeverLostWhileTheDataBitItReplacesIsCleared) {
+  for (uint64_t seed = 1; seed <= 80; seed++) {
+    Chain bench(seed);
+    ASSERT_TRUE(bench.open().ok());
+    ASSERT_EQ(bench.write(0, kMiB, 0xaa), 0);
+    bench.freeze();
+    ASSERT_TRUE(bench.open().ok());
+    ASSERT_EQ(bench.write(0, kMiB, 0xbb), 0);
+    ASSERT_EQ(bench.flush(), 0);
+    // Whole chunks (a hole), and part of one (a zero mask).
+    ASSERT_EQ(bench.discard(0, 6 * kChunk + 5 * kBlock), 0);
+    auto flush = bench.start(VolumeOp::kFlush, 0, 0);
+    for (uint64_t steps = 0; steps < seed % 8; steps++) {
+      bench.executor.run_until_idle();
+      if (bench.sim.in_flight() > 0) bench.sim.complete_one();
+    }
+    bench.cut_power();
+    bench.next_grant();
+    ASSERT_TRUE(bench.open().ok());
+    for (uint64_t c = 0; c < 6; c++) {
+      EXPECT_TRUE(bench.reads(c * kChunk, kChunk, 0) || bench.reads(c * kChunk, kChunk, 0xbb))
+          << "the frozen layer shows through at chunk " << c << ", seed " << seed;
+    }
+    EXPECT_TRUE(bench.reads(6 * kChunk, 5 * kBlock, 0) || bench.reads(6 * kChunk, 5 * kBlock, 0xbb));
+    EXPECT_TRUE(bench.reads(6 * kChunk + 5 * kBlock, kMiB - 6 * kChunk - 5 * kBlock, 0xbb));
+    ASSERT_TRUE(bench.abort().ok());
+  }
+}
+
+TEST(DataHazard, ADiscardIsExactToTheBlockAndNeverIgnored) {
+  Bench bench(4 * kMiB);
+  ASSERT_TRUE(bench.open().ok());
+  const struct {
+    uint64_t block, count;
+  } cases[] = {{0, 1}, {15, 2}, {3, 1}, {16, 16}, {40, 1}, {47, 33}, {100, 412}, {1, 700}};
+  for (VolumeOp op : {VolumeOp::kDiscard, VolumeOp::kWriteZeroes}) {
+    for (const auto& [block, count] : cases) {
+      ASSERT_EQ(bench.write(0, 4 * kMiB, 7), 0);
+      ASSERT_EQ(bench.run(op, block * kBlock, count * kBlock), 0);
+      if (block > 0) {
+        EXPECT_TRUE(bench.reads(0, block * kBlock, 7));
+      }
+      EXPECT_TRUE(bench.reads(block * kBlock, count * kBlock, 0));
+      EXPECT_TRUE(bench.reads((block + count) * kBlock, 4 * kMiB - (block + count) * kBlock, 7));
+    }
+  }
+}
+
+TEST(DataHazard, ADiscardWorksOnAFullPool) {
+  Bench bench(4 * kMiB, 1);
+  bench.chunks_per_slab = 8;
+  ASSERT_TRUE(bench.open().ok());
+  ASSERT_EQ(bench.write(0, 8 * kChunk, 1), 0);
+  bench.stock.declare_full();
+  EXPECT_EQ(bench.discard(kBlock, 3 * kChunk), 0);
+  EXPECT_EQ(bench.run(VolumeOp::kWriteZeroes, 5 * kChunk, 20 * kChunk), 0);
+  EXPECT_TRUE(bench.reads(kBlock, 3 * kChunk, 0));
+  EXPECT_TRUE(bench.reads(5 * kChunk, 20 * kChunk, 0));
+  EXPECT_TRUE(bench.reads(0, kBlock, 1));
+}
+
+TEST(DataHazard, WhatWasDiscardedDoesNotComeBackWithALaterPartialWrite) {
+  Bench bench(kMiB);
+  ASSERT_TRUE(bench.open().ok());
+  ASSERT_EQ(bench.write(0, kChunk, 1), 0);
+  ASSERT_EQ(bench.flush(), 0);
+  ASSERT_EQ(bench.discard(0, kChunk), 0);
+  ASSERT_EQ(bench.flush(), 0);
+  ASSERT_EQ(bench.write(2 * kBlock, kBlock, 2), 0);
+  EXPECT_TRUE(bench.reads(0, 2 * kBlock, 0));
+  EXPECT_TRUE(bench.reads(3 * kBlock, 13 * kBlock, 0));
+  ASSERT_TRUE(bench.close().ok());
+  bench.next_grant();
+  ASSERT_TRUE(bench.open().ok());
+  EXPECT_TRUE(bench.reads(0, 2 * kBlock, 0));
+  EXPECT_TRUE(bench.reads(2 * kBlock, kBlock, 2));
+  EXPECT_TRUE(bench.reads(3 * kBlock, 13 * kBlock, 0));
+}
+
+TEST(DataHazard, ATornVolumeRecordLosesNoEpoch) {
+  for (uint32_t torn_write = 0; torn_write < 2; torn_write++) {
+    Bench bench(kMiB);
+    bench.spec.epoch = 5;
+    ASSERT_TRUE(bench.open().ok());
+    ASSERT_TRUE(bench.abort().ok());
+    EXPECT_EQ(bench.record(0).epoch, 5u);
+    EXPECT_EQ(bench.record(1).epoch, 5u);
+    // The next opener's power goes while it writes one of the copies.
+    bench.spec.epoch = 6;
+    uint32_t writes = 0;
+    bench.errors.set_judge([&](const IoRequest& request) {
+      if (request.op != IoOp::kWrite || request.offset < bench.record_address(0) ||
+          request.offset > bench.record_address(1) || writes++ != torn_write) {
+        return ErrorDevice::Verdict{};
+      }
+      std::vector<std::byte> half(kBlock);
+      bench.raw_read(request.offset, half.data(), kBlock);
+      std::memcpy(half.data(), request.iov[0].iov_base, kBlock / 2);
+      bench.raw_write(request.offset, half.data(), kBlock);
+      return ErrorDevice::Verdict{EIO, false};
+    });
+    const Status status = bench.open();
+    EXPECT_EQ(status.ok(), torn_write == 1) << status.message;  // one durable copy is enough to be open
+    if (status.ok()) {
+      ASSERT_TRUE(bench.abort().ok());
+    }
+    bench.errors.set_judge(nullptr);
+    // A grant no newer than the newest durable epoch stays refused, whichever copy was torn.
+    bench.spec.epoch = torn_write == 0 ? 5 : 6;
+    const Status refused = bench.open();
+    EXPECT_EQ(refused.code, Code::kStale) << refused.message;
+    bench.spec.epoch = 7;
+    ASSERT_TRUE(bench.open().ok());
+    EXPECT_EQ(bench.record(0).epoch, 7u);
+    EXPECT_EQ(bench.record(1).epoch, 7u);
+    ASSERT_TRUE(bench.abort().ok());
+  }
+}
+
+// Killed between the two copies of the record: the next opener must write over the older one first.
+TEST(DataHazard, TheOlderCopyOfTheRecordIsWrittenFirst) {
+  Bench bench(kMiB);
+  bench.spec.epoch = 4;
+  ASSERT_TRUE(bench.open().ok());
+  ASSERT_TRUE(bench.abort().ok());
+  const VolumeRecord before = bench.record(0);
+  bench.spec.epoch = 5;
+  ASSERT_TRUE(bench.open().ok());
+  ASSERT_TRUE(bench.abort().ok());
+  bench.raw_write(bench.record_address(0), &before, sizeof before);  // copy A is of epoch 4, copy B of epoch 5
+  std::vector<uint64_t> order;
+  bench.errors.set_judge([&](const IoRequest& request) {
+    if (request.op == IoOp::kWrite) order.push_back(request.offset);
+    return ErrorDevice::Verdict{};
+  });
+  bench.spec.epoch = 6;
+  ASSERT_TRUE(bench.open().ok());
+  ASSERT_GE(order.size(), 2u);
+  EXPECT_EQ(order[0], bench.record_address(0));
+  EXPECT_EQ(order[1], bench.record_address(1));
+}
+
+TEST(DataHazard, ARecordWithTwoBadCopiesIsRefused) {
+  Bench bench(kMiB);
+  ASSERT_TRUE(bench.open().ok());
+  ASSERT_TRUE(bench.close().ok());
+  bench.damage(bench.record_address(0));
+  bench.next_grant();
+  ASSERT_TRUE(bench.open().ok());
+  EXPECT_TRUE(bench.observer.has_event("of its record"));
+  ASSERT_TRUE(bench.abort().ok());
+  bench.damage(bench.record_address(0));
+  bench.damage(bench.record_address(1));
+  bench.next_grant();
+  EXPECT_EQ(bench.open().code, Code::kCorrupt);
+}
+
+TEST(DataHazard, ASlabWithTwoBadCopiesIsNamedAndNeverServedAsEmpty) {
+  Bench bench(64 * kMiB);
+  ASSERT_TRUE(bench.open().ok());
+  for (uint64_t m = 0; m < 40; m++) ASSERT_EQ(bench.write(m * kMiB, kMiB, 3), 0);
+  ASSERT_TRUE(bench.close().ok());
+  bench.next_grant();
+  const uint64_t slab = bench.spec.layers[0].slabs[1].first;  // the second 16 MiB
+  bench.damage(bench.page_address(slab, 0));
+  ASSERT_TRUE(bench.open().ok());
+  EXPECT_TRUE(bench.observer.has_event("slab " + std::to_string(slab)));
+  EXPECT_TRUE(bench.reads(20 * kMiB, kMiB, 3));
+  ASSERT_TRUE(bench.abort().ok());
+  bench.damage(bench.page_address(slab, 1));
+  bench.next_grant();
+  const Status status = bench.open();
+  EXPECT_EQ(status.code, Code::kCorrupt);
+  EXPECT_NE(status.message.find("slab " + std::to_string(slab)), std::string::npos) << status.message;
+  EXPECT_NE(status.message.find("bytes 16777216 to 67108864"), std::string::npos) << status.message;
+}
+
+TEST(DataHazard, AVolumeNeverShrinksSoItCannotGrowOldBytesBack) {
+  Bench bench(4 * kMiB);
+  ASSERT_TRUE(bench.open().ok());
+  ASSERT_EQ(bench.write(3 * kMiB, kMiB, 9), 0);
+  EXPECT_EQ(bench.grow(2 * kMiB).code, Code::kInvalidArgument);
+  ASSERT_TRUE(bench.grow(8 * kMiB).ok());
+  EXPECT_TRUE(bench.reads(3 * kMiB, kMiB, 9));
+  EXPECT_TRUE(bench.reads(4 * kMiB, 4 * kMiB, 0));
+  ASSERT_TRUE(bench.close().ok());
+  // The service has not heard of the growth: the record, which is durable, counts.
+  bench.next_grant();
+  bench.spec.size_bytes = 2 * kMiB;
+  ASSERT_TRUE(bench.open().ok());
+  EXPECT_EQ(bench.volume->stats().size_bytes, 8 * kMiB);
+  EXPECT_TRUE(bench.reads(3 * kMiB, kMiB, 9));
+}
+
+TEST(DataHazard, AClaimedSlabThatTheServiceThinksFreeIsLeftAlone) {
+  for (uint64_t generation : {2, 3}) {
+    Bench bench(kMiB, 0);
+    for (uint32_t copy = 0; copy < 2; copy++) {
+      const SlabPage claimed = page_of(bench, 1, copy, 3, 77, 12);
+      bench.raw_write(bench.page_address(1, copy), &claimed, sizeof claimed);
+    }
+    const SlabPage before = bench.page(1, 0);
+    bench.stock.add(1, 1, generation);  // a restored database gives it out again
+    bench.stock.add(2, 1, generation);
+    ASSERT_TRUE(bench.open().ok());
+    ASSERT_EQ(bench.write(0, kBlock, 1), 0);
+    EXPECT_TRUE(bench.observer.has_event("it is left alone"));
+    const SlabPage after = bench.page(1, 0);
+    EXPECT_EQ(std::memcmp(&before, &after, sizeof before), 0);
+    ASSERT_EQ(bench.observer.claimed.size(), 1u);
+    EXPECT_EQ(bench.observer.claimed[0].slab, 2u);
+  }
+}
+
+TEST(DataHazard, AGrantOfASlabThatHasBeenHandedOnIsRefused) {
+  Bench bench(kMiB, 4);
+  ASSERT_TRUE(bench.open().ok());
+  ASSERT_EQ(bench.write(0, kBlock, 1), 0);
+  ASSERT_TRUE(bench.close().ok());
+  bench.next_grant();
+  const uint64_t slab = bench.spec.layers[0].slabs[0].first;
+  for (uint32_t copy = 0; copy < 2; copy++) {
+    const SlabPage other = page_of(bench, slab, copy, 2, 77, 1);
+    bench.raw_write(bench.page_address(slab, copy), &other, sizeof other);
+  }
+  EXPECT_EQ(bench.open().code, Code::kStale);
+}
+
+TEST(DataHazard, APageWriteOfUnknownOutcomeIsRetriedToTheSameCopy) {
+  Bench bench(kMiB, 4);
+  ASSERT_TRUE(bench.open().ok());
+  ASSERT_EQ(bench.write(0, kBlock, 1), 0);
+  ASSERT_EQ(bench.flush(), 0);
+  ASSERT_EQ(bench.write(kBlock, kBlock, 2), 0);
+  std::vector<uint64_t> written;
+  int failures = 2;
+  bench.errors.set_judge([&](const IoRequest& request) {
+    if (request.op == IoOp::kWrite) written.push_back(request.offset);
+    // First the page write itself, then the flush after it.
+    const bool hit = failures == 2 ? request.op == IoOp::kWrite : failures == 1 && request.op == IoOp::kFlush && written.size() == 2;
+    if (hit) failures--;
+    return ErrorDevice::Verdict{hit ? EIO : 0, true};
+  });
+  EXPECT_EQ(bench.flush(), EIO);
+  EXPECT_EQ(bench.flush(), EIO);
+  EXPECT_EQ(bench.flush(), 0);
+  ASSERT_EQ(written.size(), 3u);
+  EXPECT_EQ(written[0], written[1]);
+  EXPECT_EQ(written[1], written[2]);
+  // And what a failed flush left dirty is durable now.
+  bench.errors.set_judge(nullptr);
+  ASSERT_TRUE(bench.abort().ok());
+  bench.next_grant();
+  ASSERT_TRUE(bench.open().ok());
+  EXPECT_TRUE(bench.reads(kBlock, kBlock, 2));
+}
+
+TEST(DataHazard, AChunkWhoseFirstWriteFailedIsNotFreedUnderAZeroMask) {
+  Chain bench(0);
+  ASSERT_TRUE(bench.open().ok());
+  ASSERT_EQ(bench.write(0, kMiB, 0xaa), 0);
+  bench.freeze();
+  ASSERT_TRUE(bench.open().ok());
+  ASSERT_EQ(bench.write(8 * kChunk, kBlock, 1), 0);  // a slab is there
+  bench.errors.set_judge([&](const IoRequest& request) {
+    return ErrorDevice::Verdict{request.op == IoOp::kWrite ? EIO : 0, false};
+  });
+  EXPECT_EQ(bench.write(0, kBlock, 2), EIO);  // takes a place in vain
+  bench.errors.set_judge(nullptr);
+  ASSERT_EQ(bench.flush(), 0);
+  ASSERT_EQ(bench.discard(0, 2 * kBlock), 0);  // the same place now says "zeros"
+  for (int i = 0; i < 4; i++) {
+    ASSERT_EQ(bench.write(9 * kChunk, kBlock, 3), 0);
+    ASSERT_EQ(bench.flush(), 0);
+  }
+  EXPECT_TRUE(bench.reads(0, 2 * kBlock, 0));
+  EXPECT_TRUE(bench.reads(2 * kBlock, 6 * kBlock, 0xaa));
+}
+
+TEST(DataHazard, AHalfWrittenFirstClaimIsNotTakenForDamage) {
+  Bench bench(kMiB, 1, 3);
+  ASSERT_TRUE(bench.open().ok());
+  // The claim of copy A gets as far as everything but its first sector.
+  bench.errors.set_judge([&](const IoRequest& request) {
+    if (request.op != IoOp::kWrite || request.offset != bench.page_address(0, 0)) return ErrorDevice::Verdict{};
+    std::vector<std::byte> torn(kBlock);
+    std::memcpy(torn.data() + 512, static_cast<std::byte*>(request.iov[0].iov_base) + 512, kBlock - 512);
+    bench.raw_write(request.offset, torn.data(), kBlock);
+    return ErrorDevice::Verdict{EIO, false};
+  });
+  EXPECT_EQ(bench.write(0, kBlock, 1), EIO);
+  bench.errors.set_judge(nullptr);
+  bench.kill();
+  ASSERT_TRUE(bench.open(true).ok());
+  EXPECT_EQ(bench.write(0, kBlock, 1), 0);
+  EXPECT_TRUE(bench.reads(0, kBlock, 1));
+}
+
+}  // namespace
+}  // namespace holdfast::test
