@@ -1,0 +1,298 @@
+// One volume, two executors on threads of their own, everything at once: for ThreadSanitizer, and for what each thread
+// must still read back of its own blocks.
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <deque>
+#include <future>
+#include <thread>
+
+#include "core/sim_disk.h"
+#include "volume_fixture.h"
+
+namespace holdfast::test {
+namespace {
+
+// A worker as the engine has it, without a ring: tasks and timers on one thread.
+class ThreadExecutor final : public Executor {
+ public:
+  ThreadExecutor() : thread_([this] { run(); }) {}
+  ~ThreadExecutor() override {
+    {
+      std::lock_guard lock(mutex_);
+      stopping_ = true;
+    }
+    ready_.notify_one();
+    thread_.join();
+  }
+  void post(Task* task) override {
+    std::lock_guard lock(mutex_);
+    tasks_.push_back(task);
+    ready_.notify_one();
+  }
+  uint64_t now_ns() const override {
+    return static_cast<uint64_t>(std::chrono::steady_clock::now().time_since_epoch().count());
+  }
+  void post_at(Task* task, uint64_t) override { post(task); }  // early is allowed to no one else, but tested here
+  // Runs the function on the thread and waits for it.
+  void call(std::function<void()> function) {
+    struct Call : Task {
+      std::function<void()> function;
+      std::promise<void> done;
+    } call;
+    call.function = std::move(function);
+    call.run = [](Task* task) {
+      auto* self = static_cast<Call*>(task);
+      self->function();
+      self->done.set_value();
+    };
+    auto done = call.done.get_future();
+    post(&call);
+    done.wait();
+  }
+
+ private:
+  void run() {
+    Executor::set_current(this);
+    for (;;) {
+      std::unique_lock lock(mutex_);
+      ready_.wait(lock, [this] { return stopping_ || !tasks_.empty(); });
+      if (tasks_.empty()) return;
+      Task* task = tasks_.front();
+      tasks_.pop_front();
+      lock.unlock();
+      task->run(task);
+    }
+  }
+  std::mutex mutex_;
+  std::condition_variable ready_;
+  std::deque<Task*> tasks_;
+  bool stopping_ = false;
+  std::thread thread_;
+};
+
+// Keeps `kDepth` requests going on its executor over its own blocks (every other one) until its count is used up.
+class Client {
+ public:
+  static constexpr uint32_t kDepth = 8;
+  Client(ThreadExecutor& executor, Volume& volume, uint32_t index, uint64_t blocks, uint64_t count)
+      : executor_(executor), volume_(volume), index_(index), random_(index + 1), expected_(blocks, 0), left_(count) {}
+
+  void start() {
+    executor_.call([this] {
+      for (Slot& slot : slots_) {
+        slot.client = this;
+        next(slot);
+      }
+    });
+  }
+  void wait() { done_.get_future().wait(); }
+  uint64_t failures() const { return failures_; }
+
+ private:
+  struct Slot {
+    VolumeRequest request;
+    PageBuffer buffer{16 * kBlock};
+    Client* client = nullptr;
+    uint64_t block = 0;
+    uint64_t value = 0;
+  };
+
+  void next(Slot& slot) {
+    if (left_ == 0) {
+      if (++idle_ == kDepth) done_.set_value();
+      return;
+    }
+    left_--;
+    // A block of ours that no other slot of ours is busy with.
+    do {
+      slot.block = random_.below(expected_.size() / 2) * 2 + index_;
+    } while (busy_.count(slot.block) > 0);
+    busy_.insert(slot.block);
+    const uint64_t pick = random_.below(100);
+    VolumeRequest& request = slot.request;
+    request.fua = false;
+    request.offset = slot.block * kBlock;
+    request.length = kBlock;
+    request.buffer = slot.buffer.data();
+    if (pick < 45) {
+      request.op = VolumeOp::kWrite;
+      request.fua = pick < 2;
+      slot.value = ++counter_ << 8 | index_;
+      for (size_t i = 0; i < kBlock; i += 8) std::memcpy(slot.buffer.data() + i, &slot.value, 8);
+    } else if (pick < 80) {
+      request.op = VolumeOp::kRead;
+    } else if (pick < 92) {
+      request.op = pick < 86 ? VolumeOp::kDiscard : VolumeOp::kWriteZeroes;
+      slot.value = 0;
+    } else {
+      request.op = VolumeOp::kFlush;
+    }
+    request.user = &slot;
+    request.done = [](VolumeRequest* done, int error) {
+      auto* self = static_cast<Slot*>(done->user);
+      self->client->finished(*self, error);
+    };
+    volume_.submit(&request);
+  }
+  void finished(Slot& slot, int error) {
+    if (Executor::current() != &executor_ || error != 0) failures_++;
+    if (slot.request.op == VolumeOp::kRead) {
+      uint64_t found;
+      std::memcpy(&found, slot.buffer.data(), 8);
+      if (found != expected_[slot.block]) failures_++;
+    } else if (slot.request.op != VolumeOp::kFlush) {
+      expected_[slot.block] = slot.value;
+    }
+    busy_.erase(slot.block);
+    next(slot);
+  }
+
+  ThreadExecutor& executor_;
+  Volume& volume_;
+  const uint32_t index_;
+  SimRandom random_;
+  std::vector<uint64_t> expected_;
+  std::set<uint64_t> busy_;
+  std::array<Slot, kDepth> slots_;
+  uint64_t left_;
+  uint64_t counter_ = 0;
+  uint32_t idle_ = 0;
+  uint64_t failures_ = 0;
+  std::promise<void> done_;
+};
+
+TEST(VolumeThreads, TwoExecutorsSubmitAtOnceAndEachReadsItsOwnBlocks) {
+  constexpr uint64_t kBlocks = 2048;
+  const format::Superblock superblock = small_superblock();
+  MemoryDevice device(superblock.device_bytes);
+  TestStock stock;
+  stock.add(0, 200, 1);
+  TestObserver observer;
+  ArenaMemory memory(256 << 10);
+  auto arena = memory.format(5, 1);
+  VolumeSpec spec;
+  spec.volume_id = 5;
+  spec.size_bytes = kBlocks * kBlock;
+  spec.epoch = 1;
+  LayerSpec top;
+  top.layer_id = 50;
+  spec.layers.push_back(top);
+  VolumeEnvironment environment;
+  environment.device = &device;
+  environment.pool = kPoolUuid;
+  environment.superblock = &superblock;
+  environment.stock = &stock;
+  environment.observer = &observer;
+  environment.arena = arena.get();
+  environment.chunks_per_slab = 4;
+
+  ThreadExecutor first;
+  ThreadExecutor second;
+  std::unique_ptr<Volume> volume;
+  std::promise<Status> opened;
+  first.call([&] {
+    Volume::open(environment, spec, false, [&](Result<std::unique_ptr<Volume>> result) {
+      if (result.ok()) volume = std::move(*result);
+      opened.set_value(result.status);
+    });
+  });
+  ASSERT_TRUE(opened.get_future().get().ok());
+  {
+    Client a(first, *volume, 0, kBlocks, 6000);
+    Client b(second, *volume, 1, kBlocks, 6000);
+    a.start();
+    b.start();
+    const uint64_t memory_seen = volume->stats().memory_bytes;  // from a third thread, in the middle of it
+    EXPECT_GT(memory_seen, 0u);
+    a.wait();
+    b.wait();
+    EXPECT_EQ(a.failures() + b.failures(), 0u);
+    EXPECT_EQ(volume->stats().held, 0u);
+  }
+  std::promise<Status> closed;
+  second.call([&] { volume->close([&](Status status) { closed.set_value(status); }); });
+  const Status status = closed.get_future().get();
+  EXPECT_TRUE(status.ok()) << status.message;
+  volume.reset();
+  EXPECT_TRUE(observer.events.empty());
+}
+
+TEST(VolumeThreads, AbortInTheMiddleAnswersEveryRequestOnItsOwnThread) {
+  const format::Superblock superblock = small_superblock();
+  for (uint64_t round = 0; round < 20; round++) {
+    MemoryDevice device(superblock.device_bytes);
+    TestStock stock;
+    stock.add(0, 3, 1);  // runs out: some are held
+    TestObserver observer;
+    ArenaMemory memory(64 << 10);
+    auto arena = memory.format(5, 1);
+    VolumeSpec spec;
+    spec.volume_id = 5;
+    spec.size_bytes = 64 * kMiB;
+    spec.epoch = 1;
+    LayerSpec top;
+    top.layer_id = 50;
+    spec.layers.push_back(top);
+    VolumeEnvironment environment;
+    environment.device = &device;
+    environment.pool = kPoolUuid;
+    environment.superblock = &superblock;
+    environment.stock = &stock;
+    environment.observer = &observer;
+    environment.arena = arena.get();
+    environment.chunks_per_slab = 4;
+    ThreadExecutor executors[2];
+    std::unique_ptr<Volume> volume;
+    std::promise<Status> opened;
+    executors[0].call([&] {
+      Volume::open(environment, spec, false, [&](Result<std::unique_ptr<Volume>> result) {
+        if (result.ok()) volume = std::move(*result);
+        opened.set_value(result.status);
+      });
+    });
+    ASSERT_TRUE(opened.get_future().get().ok());
+    struct One {
+      VolumeRequest request;
+      PageBuffer buffer{kBlock};
+      Executor* home = nullptr;
+      std::atomic<uint64_t>* answered = nullptr;
+      std::atomic<uint64_t>* wrong = nullptr;
+    };
+    std::atomic<uint64_t> answered{0};
+    std::atomic<uint64_t> wrong{0};
+    std::vector<std::unique_ptr<One>> all;
+    for (uint64_t i = 0; i < 64; i++) {
+      auto one = std::make_unique<One>();
+      one->home = &executors[i % 2];
+      one->answered = &answered;
+      one->wrong = &wrong;
+      one->request.op = VolumeOp::kWrite;
+      one->request.offset = i * kChunk;
+      one->request.length = kBlock;
+      one->request.buffer = one->buffer.data();
+      one->request.user = one.get();
+      one->request.done = [](VolumeRequest* request, int error) {
+        auto* self = static_cast<One*>(request->user);
+        if (Executor::current() != self->home || (error != 0 && error != EIO)) (*self->wrong)++;
+        (*self->answered)++;
+      };
+      all.push_back(std::move(one));
+    }
+    for (uint64_t half = 0; half < 2; half++) {
+      executors[half].call([&, half] {
+        for (uint64_t i = half; i < 64; i += 2) volume->submit(&all[i]->request);
+      });
+    }
+    std::promise<void> stopped;
+    executors[round % 2].call([&] { volume->abort([&](Status) { stopped.set_value(); }); });
+    stopped.get_future().wait();
+    while (answered.load() < 64) std::this_thread::yield();
+    EXPECT_EQ(wrong.load(), 0u);
+    volume.reset();
+  }
+}
+
+}  // namespace
+}  // namespace holdfast::test
