@@ -9,9 +9,10 @@ import { call } from '@holdfast/common';
 import { loopDevices, mounts } from '../src/dev/mounts.ts';
 import { isAlive } from '../src/dev/processes.ts';
 import { readState } from '../src/dev/state.ts';
-import { compareFiles, writeFiles } from '../src/harness/content.ts';
+import { compareFiles, missingRecords, writeFiles } from '../src/harness/content.ts';
 import { CsiCluster } from '../src/harness/csi.ts';
 import { DevUp } from '../src/harness/dev-process.ts';
+import { Writer } from '../src/harness/writer-process.ts';
 
 const cli = fileURLToPath(new URL('../dist/main.js', import.meta.url));
 
@@ -113,10 +114,23 @@ describe('dev up', () => {
       expect((await holdfast(['pool', 'show', 'dev'], env)).stdout).toContain('live');
       expect((await holdfast(['dev', 'status'], env)).stdout).toContain('node-2');
 
-      const fenced = await holdfast(['node', 'fence', 'node-2', '--no-wait', '-o', 'json'], env);
-      expect(fenced.code).toBe(0);
+      const wrong = await holdfast(['volume', 'show', 'nothing', '-o', 'json'], env);
+      expect(wrong.code).toBe(1);
+      expect(JSON.parse(wrong.stderr)).toMatchObject({ code: 'NOT_FOUND' });
+      expect((await holdfast(['volume', 'show'], env)).code).toBe(2);
+
+      // A power cut, a fence by hand, and the way back.
+      expect((await holdfast(['dev', 'kill-node', '2'], env)).code).toBe(0);
+      expect((await holdfast(['dev', 'status'], env)).stdout).toMatch(/node-2 +off/);
+      const fenced = await holdfast(['node', 'fence', 'node-2', '-o', 'json'], env);
+      expect(JSON.parse(fenced.stdout)).toMatchObject([{ state: 'dead', generation: '1' }]);
       const audit = await holdfast(['audit', '--node', 'node-2'], env);
-      expect(audit.stdout).toContain('join');
+      expect(audit.stdout).toContain('lock-free');
+      expect((await holdfast(['dev', 'start-node', '2'], env)).code).toBe(0);
+      const again = JSON.parse(
+        (await holdfast(['node', 'show', 'node-2', '-o', 'json'], env)).stdout,
+      ) as object;
+      expect(again).toMatchObject({ connected: true, hosts: [{ state: 'live', generation: '2' }] });
     } finally {
       expect(await up.close()).toEqual([]);
     }
@@ -147,6 +161,38 @@ describe('dev up', () => {
       await cluster.delete(volume);
       await cluster.untilEmpty(20_000);
     } finally {
+      cluster.close();
+      expect(await up.close()).toEqual([]);
+    }
+  }, 90_000);
+
+  it('hands a mounted volume over when its agent is stopped, and when the metadata service does not answer', async () => {
+    const up = await DevUp.start({ dir: join(directory, 'dev'), nodes: 1, size: '2G' });
+    const cluster = new CsiCluster(up.state);
+    const one = (role: 'agent' | 'metadata-service'): number => up.processes({ role })[0]?.pid ?? 0;
+    const frozen = one('metadata-service');
+    try {
+      const volume = await cluster.create('v', 256n << 20n, 'ext4');
+      const at = await cluster.attach(volume, 1);
+      process.kill(frozen, 'SIGSTOP');
+      for (const signal of ['SIGTERM', 'SIGKILL'] as const) {
+        const agent = one('agent');
+        const writer = new Writer(join(at.targetPath, signal), 1);
+        await writer.untilAcknowledged(20, 10_000);
+        process.kill(agent, signal);
+        // Long enough to be sure that a new agent serves these.
+        await writer.untilAcknowledged(writer.acknowledged + 400, 30_000);
+        expect(one('agent')).not.toBe(agent);
+        await writer.end(0);
+        expect(writer.ended).toBe('');
+        expect(missingRecords(writer.path, 1, writer.acknowledged)).toEqual([]);
+      }
+      process.kill(frozen, 'SIGCONT');
+      await cluster.detach(at);
+      await cluster.delete(volume);
+      await cluster.untilEmpty(20_000);
+    } finally {
+      process.kill(frozen, 'SIGCONT');
       cluster.close();
       expect(await up.close()).toEqual([]);
     }

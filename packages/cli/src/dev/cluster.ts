@@ -28,10 +28,10 @@ import { native, type FencingClass } from '@holdfast/native';
 import { holdfast, type NodeAgentClient } from '@holdfast/proto';
 import { credentials } from '@grpc/grpc-js';
 import { MetadataApi } from '../metadata.ts';
-import { cleanNode, cleanUp, detachVolumeDevices, unmountAll } from './cleanup.ts';
+import { cleanNode, cleanUp } from './cleanup.ts';
 import { ControlServer } from './control.ts';
 import { attachLoop, loopOver } from './mounts.ts';
-import { identify, isAlive, signal, waitGone } from './processes.ts';
+import { identify, isAlive, waitGone } from './processes.ts';
 import { forgetDevCluster, registerDevCluster } from './registry.ts';
 import { readState, writeState, type DevNode, type DevProcess, type DevState, type Role } from './state.ts';
 
@@ -589,21 +589,6 @@ export class DevCluster {
     forgetDevCluster(this.state.dir);
     await this.#control?.close();
     for (const client of this.#agents.values()) client.close();
-    const entries = (role: Role): DevProcess[] =>
-      this.#watched
-        .filter((w) => w.role === role)
-        .map((w) => w.entry)
-        .filter((entry) => entry !== undefined);
-    // Mounts go while the engines still serve them; then the agents leave their pools cleanly, and the rest ends.
-    const devices = new Set(this.state.nodes.flatMap((node) => node.volumeDevices));
-    await unmountAll([this.state.dir], devices);
-    for (const busy of await detachVolumeDevices(devices)) this.#options.say(`${busy} is still in use`);
-    const agents = entries('agent');
-    for (const agent of agents) signal(agent, 'SIGUSR1');
-    await waitGone(agents, 3000);
-    const left = await cleanUp(this.state);
-    const running = this.#watched.map((w) => w.child).filter((child) => child !== undefined);
-    for (const child of running) child.kill('SIGKILL');
-    return left;
+    return await cleanUp(this.state);
   }
 }

@@ -1,6 +1,7 @@
 /** Mounts and loop devices of this machine, read from the kernel, and how to take them away. */
 import { execFile } from 'node:child_process';
-import { readdirSync, readFileSync, realpathSync, statSync } from 'node:fs';
+import { readdirSync, readFileSync, realpathSync } from 'node:fs';
+import { setTimeout as sleep } from 'node:timers/promises';
 import { promisify } from 'node:util';
 
 const run = promisify(execFile);
@@ -84,20 +85,32 @@ export async function attachLoop(file: string): Promise<string> {
   return stdout.trim();
 }
 
-/** True when the device is not attached any more. */
-export async function detachLoop(device: string): Promise<boolean> {
+/**
+ * True when the device is not attached any more. While somebody has it open the kernel only marks it to go away: a killed
+ * engine's last writes, for one, hold it for seconds.
+ */
+export async function detachLoop(device: string, timeoutMs = 20_000): Promise<boolean> {
   try {
-    await run('losetup', ['--detach', device], { timeout: 20_000 });
+    await run('losetup', ['--detach', device], { timeout: timeoutMs });
   } catch {
     // not attached, or busy: looked at below
   }
-  return !loopDevices().has(device);
+  const deadline = Date.now() + timeoutMs;
+  while (loopDevices().has(device)) {
+    if (Date.now() > deadline) return false;
+    await sleep(50);
+  }
+  return true;
 }
 
-export function isBlockDevice(path: string): boolean {
+/** True when reading the device fails: whoever served it is gone. A device that hangs is not dead. */
+export async function isDead(device: string): Promise<boolean> {
   try {
-    return statSync(path).isBlockDevice();
-  } catch {
+    await run('dd', [`if=${device}`, 'of=/dev/null', 'bs=4096', 'count=1', 'iflag=direct'], {
+      timeout: 3000,
+    });
     return false;
+  } catch (error) {
+    return (error as { killed?: boolean }).killed !== true;
   }
 }

@@ -561,10 +561,13 @@ class RunningAgent implements Agent {
 
   async handOver(): Promise<void> {
     await this.#quiesce();
-    for (const pool of this.#pools.values()) await pool.reported(1000);
-    await this.#engine.handOver();
-    for (const pool of this.#pools.values()) await pool.release();
+    if (this.#service.connected) {
+      await Promise.all([...this.#pools.values()].map((pool) => pool.reported(1000)));
+    }
+    for (const pool of this.#pools.values()) pool.stop();
     await this.#service.stop();
+    // Last: from here until the next agent has adopted, I/O waits.
+    await this.#engine.handOver();
     await this.#engine.destroy();
     this.#logger.info('Handed over to the keeper');
   }

@@ -25,8 +25,13 @@ const idleAhead = 2;
 const mostAhead = 64;
 /** A report carries at most this many slabs, so that one call stays small. */
 const reportLimit = 2000;
-/** Claims come in bursts; waiting this long makes one report of them. */
-const reportDelayMs = 10;
+/**
+ * Claims come in bursts; waiting this long makes one report of them. Nothing hurries: what is not reported yet travels with
+ * a volume's return or revocation, and with the next Hello.
+ */
+const reportDelayMs = 250;
+/** As many slabs are kept ahead as were claimed in this time: several round trips to a busy service. */
+const aheadMs = 1500;
 /** No claim for this long: the pool is quiet. */
 const quietMs = 10_000;
 /** How soon a full pool is asked again. */
@@ -58,6 +63,10 @@ export class HostedPool {
   #target = 0;
   #wanted = 0;
   #lastClaim = 0;
+  /** When slabs were claimed, the last `mostAhead` of them. */
+  #claimTimes: number[] = [];
+  /** Ends the pause before a report. */
+  #hurry = new AbortController();
   #refilling: Promise<void> | undefined;
   #reporting: Promise<void> | undefined;
   #reportWaiters: (() => void)[] = [];
@@ -206,10 +215,14 @@ export class HostedPool {
   // ------------------------------------------------------------------------------------------ reports
 
   slabClaimed(slab: Slab): void {
-    this.#lastClaim = Date.now();
+    const now = Date.now();
+    this.#lastClaim = now;
+    this.#claimTimes = this.#claimTimes.filter((at) => now - at < aheadMs).slice(-mostAhead + 1);
+    this.#claimTimes.push(now);
+    this.#target = Math.max(this.#target, this.#claimTimes.length);
     this.#claims.push(slab);
     this.#report();
-    if (countSlabs(this.native.stock()) * 2 < this.#target) this.#refill();
+    if (countSlabs(this.native.stock()) * 4 < this.#target * 3) this.#refill();
   }
 
   slabEmptied(slab: Slab): void {
@@ -244,6 +257,7 @@ export class HostedPool {
       const left = deadline - Date.now();
       if (left <= 0 || this.dead) return false;
       this.#report();
+      this.#hurry.abort();
       await new Promise<void>((resolve) => {
         const timer = setTimeout(resolve, left);
         this.#reportWaiters.push(() => {
@@ -277,7 +291,8 @@ export class HostedPool {
 
   /** Claims first: a slab's emptying must not overtake the news that it was claimed. */
   async #sendReports(): Promise<void> {
-    await sleep(reportDelayMs, this.#stop.signal);
+    this.#hurry = new AbortController();
+    await sleep(reportDelayMs, AbortSignal.any([this.#stop.signal, this.#hurry.signal]));
     const backoff = new Backoff(100, 2000);
     while (this.reportsPending && !this.#stop.signal.aborted) {
       const claims = this.#claims.slice(0, reportLimit);
@@ -321,11 +336,17 @@ export class HostedPool {
     return this.reported(timeoutMs);
   }
 
-  /** No more timers, calls or reports. */
-  async release(): Promise<void> {
+  /** No more timers, and no new calls. */
+  stop(): void {
     this.#stop.abort();
+    this.#hurry.abort();
     clearTimeout(this.#fullTimer);
     this.#wakeReported();
+  }
+
+  /** stop(), and no call under way any more. */
+  async release(): Promise<void> {
+    this.stop();
     await this.#refilling;
     await this.#reporting;
   }

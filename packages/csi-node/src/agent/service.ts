@@ -123,6 +123,7 @@ export class MetadataConnection {
   /** What was sent last still goes out. */
   async stop(): Promise<void> {
     this.#stop.abort();
+    for (const wake of this.#idleWaiters.splice(0)) wake();
     this.#stream?.end();
     const timer = setTimeout(() => this.#stream?.cancel(), 500);
     await this.#loop;
@@ -161,6 +162,7 @@ export class MetadataConnection {
   /** One stream's life; resolves with why it ended. */
   async #session(handlers: SessionHandlers, onWelcome: () => void): Promise<string> {
     await this.#quiet();
+    if (this.#stop.signal.aborted) return 'stopped';
     const stream = this.#agents.Session() as Stream;
     this.#stream = stream;
     const ended = new Promise<string>((resolve) => {
@@ -199,7 +201,9 @@ export class MetadataConnection {
 
   /** Resolves when no unary call is under way. */
   async #quiet(): Promise<void> {
-    while (this.#underWay > 0) await new Promise<void>((resolve) => this.#idleWaiters.push(resolve));
+    while (this.#underWay > 0 && !this.#stop.signal.aborted) {
+      await new Promise<void>((resolve) => this.#idleWaiters.push(resolve));
+    }
   }
 
   async #ready(): Promise<void> {
