@@ -4,6 +4,7 @@ import { copyFileSync, mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { call } from '@holdfast/common';
+import type { HostRef__Output } from '@holdfast/proto';
 import { afterAll, afterEach, describe, expect, it } from 'vitest';
 import { Cluster } from './cluster.ts';
 import { FakeDisk, until } from './fake-agent.ts';
@@ -366,6 +367,32 @@ describe('a session', () => {
     expect((await joining()).host?.generation).toBe('1');
     await agent.join(disk);
     expect((await c.host(disk, agent)).state).toBe('HOST_STATE_LIVE');
+  });
+
+  it('that took a pool over before it was reported ready has it ready', async () => {
+    const c = await start();
+    const disk = new FakeDisk();
+    const agent = c.agent('node-1', [disk]);
+    await agent.connect();
+    await agent.accepted(disk);
+    const { host } = await call<object, { host: HostRef__Output | null }>(
+      agent.client,
+      agent.client.JoinPool,
+      {
+        request_id: randomUUID(),
+        pool_uuid: disk.uuid,
+        node_id: agent.nodeId,
+        machine_id: agent.machineId,
+        boot_id: agent.bootId,
+        lock_path: agent.lockPath,
+        previous_io_dead: false,
+        session_id: agent.welcomed?.session_id ?? '',
+      },
+    );
+    agent.hosts.set(disk.uuid, host!);
+    agent.disconnect();
+    await agent.connect();
+    expect(await c.host(disk, agent)).toMatchObject({ state: 'HOST_STATE_LIVE', generation: '1' });
   });
 
   it('reports what people should see: a volume event is on record', async () => {

@@ -3,7 +3,7 @@ import { reconcileClaims, type Claim } from './allocation.ts';
 import { audit, stale, type Decision } from './decision.ts';
 import { sameLife } from './grant.ts';
 import { applyGrant } from './grants.ts';
-import { applyHost } from './hosts.ts';
+import { applyHost, poolReady } from './hosts.ts';
 import { tables, type HostLife, type NodeRecord, type SlabRun } from './records.ts';
 import { common, normalized } from './runs.ts';
 import { aheadOf } from './slabs.ts';
@@ -56,6 +56,8 @@ export function reconcile(d: Decision, holding: Holding): Reconciled {
   if (pool === undefined || !known) {
     return { stock: [], revoke: [], misfits: 0 };
   }
+  // Taken over between join and ready: whoever holds the pool is ready.
+  if (host.state === 'JOINING') poolReady(d, pool.uuid, life);
   const revoke: Reconciled['revoke'] = [];
   let misfits = 0;
   for (const held of holding.volumes) {

@@ -595,7 +595,8 @@ export class SimNode {
         claimed: next.claimed,
       });
     } finally {
-      this.#returns.shift();
+      const at = this.#returns.indexOf(next);
+      if (at >= 0) this.#returns.splice(at, 1);
     }
   }
 
