@@ -180,7 +180,7 @@ async function suite(name, minutes, body) {
   console.log(`\n=== ${name}`);
   let counts;
   try {
-    counts = await body({ TMPDIR: directory, HOLDFAST_TEST_RUN: runId }, minutes);
+    counts = await body({ HOLDFAST_LOG_LEVEL: 'warn', TMPDIR: directory, HOLDFAST_TEST_RUN: runId }, minutes);
   } catch (error) {
     console.error(error);
     counts = { passed: 0, failed: 1, skipped: 0 };
@@ -279,7 +279,7 @@ for (const signal of ['SIGINT', 'SIGTERM']) {
 mkdirSync(results, { recursive: true });
 const [what = 'all', ...rest] = process.argv.slice(2);
 const seedsAt = rest.indexOf('--seeds');
-const seeds = seedsAt >= 0 ? rest[seedsAt + 1] : '1..300';
+const seeds = seedsAt >= 0 ? rest[seedsAt + 1] : '1..1000';
 const release = ['-DCMAKE_BUILD_TYPE=Release'];
 
 if (what === 'all') {
