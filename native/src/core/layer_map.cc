@@ -117,7 +117,7 @@ void LayerMap::insert_run(uintptr_t& leaf, uint32_t offset, uint32_t length, Pla
       after->place = place;
       return;
     }
-    if (list->count == kMaxRuns) {
+    if (list->count >= max_runs_) {
       make_dense(leaf);
       DenseLeaf* wide = dense(leaf);
       for (uint32_t k = 0; k < length; k++) wide->places[offset + k] = place + k;
@@ -178,7 +178,7 @@ void LayerMap::erase(uint32_t chunk) {
   } else {
     run.length = static_cast<uint16_t>(inside);
     if (tail.length == 0) return;
-    if (runs(leaf)->count == kMaxRuns) {
+    if (runs(leaf)->count >= max_runs_) {
       make_dense(leaf);
       for (uint32_t k = 0; k < tail.length; k++) dense(leaf)->places[tail.first + k] = tail.place + k;
       dense(leaf)->mapped += tail.length;

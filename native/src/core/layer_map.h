@@ -20,17 +20,30 @@ inline constexpr uint32_t kMaxSlabIndex = 0xfffffe;
 class LayerMap {
  public:
   static constexpr uint32_t kLeafChunks = 4096;
-  static constexpr uint32_t kMaxRuns = 512;  // a quarter of a dense leaf
+  // Half a dense leaf. So no leaf costs more than 8 bytes a mapped chunk, or 16 while its list has just grown.
+  static constexpr uint32_t kMaxRuns = 1024;
+  // Where the map is known to become dense (see expect()), lists give way to arrays early: they are quicker.
+  static constexpr uint32_t kMaxRunsDense = 32;
 
   LayerMap() = default;
   ~LayerMap();
-  LayerMap(LayerMap&& other) noexcept : leaves_(std::move(other.leaves_)), leaf_bytes_(other.leaf_bytes_) {
+  LayerMap(LayerMap&& other) noexcept
+      : leaves_(std::move(other.leaves_)), leaf_bytes_(other.leaf_bytes_), max_runs_(other.max_runs_) {
     other.leaves_.clear();
     other.leaf_bytes_ = 0;
   }
   LayerMap& operator=(LayerMap&&) = delete;
 
   void resize(uint64_t chunks);  // only grows
+  // How many chunks will be mapped. From a quarter of all on, plain arrays keep to the budget whatever the order.
+  void expect(uint64_t mapped) { max_runs_ = mapped >= this->chunks() / 4 ? kMaxRunsDense : kMaxRuns; }
+  // For many lookups in a row at places far apart.
+  void prefetch(uint32_t chunk) const {
+    const uint32_t at = chunk / kLeafChunks;
+    if (at < leaves_.size() && (leaves_[at] & kDenseTag) != 0) {
+      __builtin_prefetch(&dense(leaves_[at])->places[chunk % kLeafChunks], 1);
+    }
+  }
   uint64_t chunks() const { return uint64_t{leaves_.size()} * kLeafChunks; }
 
   Place find(uint32_t chunk) const {
@@ -84,6 +97,7 @@ class LayerMap {
 
   std::vector<uintptr_t> leaves_;
   size_t leaf_bytes_ = 0;
+  uint32_t max_runs_ = kMaxRuns;
 };
 
 }  // namespace holdfast

@@ -375,6 +375,9 @@ class VolumeOpener {
     for (auto& layer : volume_->layers_) {
       layer.map.resize((volume_->size_bytes_ + format::kChunkSize - 1) / format::kChunkSize);
     }
+    std::vector<uint64_t> mapped(volume_->layers_.size());
+    for (const Granted& one : granted_) mapped[one.layer] += kChunksPerSlab;
+    for (size_t l = 0; l < mapped.size(); l++) volume_->layers_[l].map.expect(mapped[l]);
     if (arena != nullptr) {
       volume_->flush_number_ = std::max(volume_->flush_number_, arena->flush_number());
       for (const PageArena::Image& image : arena->images()) images_[image.slab] = image;
@@ -550,6 +553,7 @@ class VolumeOpener {
     volume.slabs_.load(index, page.entries);
 
     VolumeImpl::Layer& layer = volume.layers_[granted.layer];
+    for (const SlabEntry& entry : page.entries) layer.map.prefetch(entry.logical_chunk);
     uint32_t run_first = kNoChunk;
     uint32_t run_place = 0;
     uint32_t run_length = 0;
