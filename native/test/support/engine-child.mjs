@@ -5,6 +5,7 @@
 import { createRequire } from 'node:module';
 import { isMainThread, parentPort } from 'node:worker_threads';
 
+// oxlint-disable-next-line unicorn/require-post-message-target-origin -- a worker thread, not a window
 const send = isMainThread ? (message) => process.send(message) : (message) => parentPort.postMessage(message);
 const source = isMainThread ? process : parentPort;
 

@@ -9,6 +9,7 @@ process.on('message', async (message) => {
     await worker.terminate();
     process.send({ id: message.id, result: 'terminated' });
   } else {
+    // oxlint-disable-next-line unicorn/require-post-message-target-origin -- a worker thread, not a window
     worker.postMessage(message);
   }
 });
