@@ -447,7 +447,9 @@ void set_up_process() {
     setrlimit(RLIMIT_NOFILE, &files);
   }
   // Losing this process to memory pressure would turn the next engine crash into I/O errors.
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)  // whose shadow memory is not to be locked
   mlockall(MCL_CURRENT | MCL_FUTURE);
+#endif
   const int fd = open("/proc/self/oom_score_adj", O_WRONLY | O_CLOEXEC);
   if (fd >= 0) {
     [[maybe_unused]] ssize_t written = write(fd, "-1000", 5);

@@ -3,7 +3,7 @@ import { sleep, waitFor } from '@holdfast/testing';
 import { execa } from 'execa';
 import { afterEach, describe, expect, it } from 'vitest';
 import { native, type Heartbeat } from '../lib/index.ts';
-import { attached, fio, MiB, Rig, run, sizeOf, type AdoptedPool, type EngineProcess } from './support/rig.ts';
+import { fio, MiB, Rig, run, sizeOf, type AdoptedPool, type EngineProcess } from './support/rig.ts';
 
 const long = process.env['HOLDFAST_LONG'] === '1';
 const kills = long ? 20 : 3;
@@ -92,7 +92,7 @@ describe('an engine killed with SIGKILL', () => {
       await watched;
       const last = engines.at(-1) as EngineProcess;
       await r.close(last, spec);
-      expect(attached(device.devicePath)).toBe(false);
+      expect(r.attached(device.devicePath)).toBe(false);
       await last.call('poolCall', r.pool.uuid, 'close');
       await expectCleanPool(r);
     },
@@ -189,7 +189,7 @@ describe('a successor', () => {
   it('of a fenced generation answers EIO, writes stopped, and lets the device be detached', async () => {
     const r = await fresh('dead');
     const store = '33333333-3333-4333-8333-333333333333';
-    await native().claimAuthority(r.disk.path, { store, incarnation: 1n, term: 1n }, 100);
+    await native().claimAuthority(r.disk.path, { store, incarnation: 1n, term: 1n }, 1000);
     const first = await r.host();
     const spec = r.spec(1n, 64n * MiB);
     const { export: device } = await r.open(first, spec);
@@ -219,7 +219,7 @@ describe('a successor', () => {
     const heartbeat = await fencer.call<Heartbeat>('poolCall', r.pool.uuid, 'readHeartbeat', 1);
     expect(heartbeat).toMatchObject({ state: 'stopped', generation: 1n });
     await second.call('volumeCall', r.pool.uuid, 1n, 'detach');
-    expect(attached(device.devicePath)).toBe(false);
+    expect(r.attached(device.devicePath)).toBe(false);
     await second.call('poolCall', r.pool.uuid, 'close');
     // A later generation opens the volume again and finds what was flushed.
     const next = await r.host({}, { generation: 2n });
@@ -234,7 +234,7 @@ describe('a successor', () => {
   it('waits for a stopped engine, which changes nothing once it was fenced and goes on', async () => {
     const r = await fresh('frozen');
     const store = '33333333-3333-4333-8333-333333333333';
-    await native().claimAuthority(r.disk.path, { store, incarnation: 1n, term: 1n }, 100);
+    await native().claimAuthority(r.disk.path, { store, incarnation: 1n, term: 1n }, 1000);
     const frozen = await r.host();
     const spec = r.spec(1n, 128n * MiB);
     const { export: device } = await r.open(frozen, spec);

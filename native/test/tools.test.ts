@@ -62,11 +62,13 @@ describe('a pool', () => {
   it('is claimed by one service, and not taken by another without force', async () => {
     await native().formatPool(disk.path, options);
     const mine = { store: '11111111-1111-4111-8111-111111111111', incarnation: 1n, term: 3n };
-    await native().claimAuthority(disk.path, mine, 50);
+    await native().claimAuthority(disk.path, mine, 1000);
     expect(await native().readAuthority(disk.path)).toEqual({ ...mine, unclaimed: false });
     const theirs = { store: '22222222-2222-4222-8222-222222222222', incarnation: 9n, term: 9n };
-    await expect(native().claimAuthority(disk.path, theirs, 50)).rejects.toMatchObject({ code: 'HF_STALE' });
-    await native().claimAuthority(disk.path, { ...theirs, force: true }, 50);
+    await expect(native().claimAuthority(disk.path, theirs, 1000)).rejects.toMatchObject({
+      code: 'HF_STALE',
+    });
+    await native().claimAuthority(disk.path, { ...theirs, force: true }, 1000);
     expect(await native().readAuthority(disk.path)).toMatchObject({ store: theirs.store });
   });
 

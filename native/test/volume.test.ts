@@ -4,7 +4,7 @@ import { waitFor, sleep } from '@holdfast/testing';
 import { execa } from 'execa';
 import { afterEach, describe, expect, it } from 'vitest';
 import { native, type Heartbeat, type LeaseState, type VolumeRecord } from '../lib/index.ts';
-import { attached, fio, MiB, Rig, run, sizeOf, type EngineProcess } from './support/rig.ts';
+import { fio, MiB, Rig, run, sizeOf, type EngineProcess } from './support/rig.ts';
 
 let rig: Rig | undefined;
 afterEach(async () => {
@@ -48,7 +48,7 @@ describe('an open volume', () => {
     ];
     await fio(first.export.devicePath, [...write, '--randseed=7']);
     await r.close(engine, spec);
-    expect(attached(first.export.devicePath)).toBe(false);
+    expect(r.attached(first.export.devicePath)).toBe(false);
 
     const again = r.again(spec, [engine]);
     expect(again.layers[0]?.slabs.length).toBeGreaterThanOrEqual(4);
@@ -244,11 +244,11 @@ describe('a volume that is closed', () => {
     const holder = await r.area.spawn('holder', 'bash', ['-c', `exec 3<${device.devicePath}; sleep 60`]);
     await sleep(300);
     await expect(r.close(engine, spec)).rejects.toMatchObject({ code: 'HF_BUSY' });
-    expect(attached(device.devicePath)).toBe(true);
+    expect(r.attached(device.devicePath)).toBe(true);
     await fio(device.devicePath, ['--rw=write', '--bs=64k', '--size=4M', '--verify=crc32c']);
     await holder.stop('SIGKILL');
     await r.close(engine, spec);
-    expect(attached(device.devicePath)).toBe(false);
+    expect(r.attached(device.devicePath)).toBe(false);
     expect(await record(r, 1)).toMatchObject({ state: 'closed', epoch: spec.epoch });
   }, 60_000);
 
@@ -309,7 +309,7 @@ describe('a revoked volume', () => {
     });
     await run('umount', [mountpoint]);
     await engine.call('volumeCall', r.pool.uuid, 1n, 'detach');
-    expect(attached(device.devicePath)).toBe(false);
+    expect(r.attached(device.devicePath)).toBe(false);
     expect(await engine.call('volumeCount', r.pool.uuid)).toBe(0);
     // What was flushed before is there for the next opener.
     const again = r.again(spec, [engine]);
@@ -325,7 +325,7 @@ describe('a fenced host', () => {
   it('stops for good when another host writes its fence page, and says so on disk', async () => {
     const r = await fresh('fence', { renewIntervalMs: 300, leaseMs: 2000 });
     const store = '33333333-3333-4333-8333-333333333333';
-    await native().claimAuthority(r.disk.path, { store, incarnation: 1n, term: 1n }, 100);
+    await native().claimAuthority(r.disk.path, { store, incarnation: 1n, term: 1n }, 1000);
     const victim = await r.host();
     const spec = r.spec(1n, 128n * MiB);
     const { export: device } = await r.open(victim, spec);

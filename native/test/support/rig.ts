@@ -160,7 +160,7 @@ export class Rig {
   readonly bootId = randomUUID();
   #nextSlab = 0n;
   #keepers = 2;
-  readonly #devices = new Set<string>();
+  readonly #devices = new Map<string, string>();
 
   private constructor(
     area: TestArea,
@@ -196,7 +196,9 @@ export class Rig {
 
   static async startKeeper(area: TestArea, name: string): Promise<{ keeper: Spawned; socket: string }> {
     const socket = area.path(`${name}.sock`);
-    const keeper = await area.spawn(name, keeperBinary, ['--socket', socket]);
+    // Not under a sanitizer's runtime: the keeper locks its memory, and that would lock all of the shadow memory too.
+    const env = { LD_PRELOAD: '' };
+    const keeper = await area.spawn(name, keeperBinary, ['--socket', socket], { env });
     await waitFor('the keeper', () => existsSync(socket));
     return { keeper, socket };
   }
@@ -301,12 +303,19 @@ export class Rig {
 
   async open(engine: EngineProcess, spec: VolumeSpec): Promise<Described> {
     const opened = await engine.call<Described>('openVolume', this.pool.uuid, spec);
-    this.#devices.add(opened.export.devicePath);
+    this.#devices.set(opened.export.devicePath, diskSequence(opened.export.devicePath));
     return opened;
   }
 
   close(engine: EngineProcess, spec: VolumeSpec): Promise<void> {
     return engine.call('volumeCall', this.pool.uuid, spec.volumeId, 'close');
+  }
+
+  /** Whether the loop device that open() gave is still bound. */
+  attached(device: string): boolean {
+    return (
+      existsSync(block(device, 'loop/backing_file')) && diskSequence(device) === this.#devices.get(device)
+    );
   }
 
   stats(engine: EngineProcess, spec: VolumeSpec): Promise<VolumeStats> {
@@ -322,33 +331,19 @@ export class Rig {
       failure = error;
     }
     // Over a FUSE file, so there is no directory of the area in its name; with engine and keeper gone it answers EIO.
-    for (const device of this.#devices) {
-      if (await isDead(device)) await execa('losetup', ['-d', device], { timeout: 20_000, reject: false });
+    for (const device of this.#devices.keys()) {
+      if (this.attached(device)) await execa('losetup', ['-d', device], { timeout: 20_000, reject: false });
     }
     if (failure !== undefined) throw failure;
   }
 }
 
-/** A loop device over a FUSE file that nobody serves any more. By now the number may be another test's device. */
-async function isDead(device: string): Promise<boolean> {
-  if (!attached(device)) return false;
-  const backing = readFileSync(device.replace('/dev/', '/sys/block/') + '/loop/backing_file', 'utf8').trim();
-  if (backing !== '/') return false;
-  const read = await execa('dd', [`if=${device}`, 'of=/dev/null', 'bs=4k', 'count=1', 'iflag=direct'], {
-    timeout: 5000,
-    killSignal: 'SIGKILL',
-    reject: false,
-  });
-  return read.exitCode === 1 && read.stderr.includes('Input/output error');
-}
-
-/** Whether a loop device is bound to something. */
-export function attached(device: string): boolean {
-  return existsSync(device.replace('/dev/', '/sys/block/') + '/loop/backing_file');
-}
+const block = (device: string, file: string): string => device.replace('/dev/', '/sys/block/') + `/${file}`;
+/** Grows each time the device is attached: tells ours from the next one with the same number. */
+const diskSequence = (device: string): string => readFileSync(block(device, 'diskseq'), 'utf8').trim();
 
 export const sizeOf = (device: string): bigint =>
-  BigInt(readFileSync(device.replace('/dev/', '/sys/block/') + '/size', 'utf8').trim()) * 512n;
+  BigInt(readFileSync(block(device, 'size'), 'utf8').trim()) * 512n;
 
 /** Runs a command that may end up waiting for an engine; killed after the timeout. */
 export async function run(command: string, args: string[], timeoutMs = 60_000): Promise<string> {
