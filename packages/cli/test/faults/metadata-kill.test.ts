@@ -9,14 +9,14 @@ const rounds = long ? 20 : 5;
 
 describe('the metadata service killed with -9 at random moments', () => {
   it(`repeated calls converge: ${rounds} lives of a volume, nothing lost, nothing left`, {
-    timeout: 600_000,
+    timeout: 1_200_000,
   }, async () => {
     await withCluster({ nodes: 2, size: '4G' }, async (up, cluster) => {
       const stop = new AbortController();
       let kills = 0;
       const killer = async (): Promise<void> => {
         while (!stop.signal.aborted) {
-          await pause(500 + Math.random() * 3000);
+          await pause(1000 + Math.random() * 3000);
           const [service] = up.processes({ role: 'metadata-service' });
           if (stop.signal.aborted || service === undefined) continue;
           process.kill(service.pid, 'SIGKILL');

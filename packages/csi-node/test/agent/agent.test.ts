@@ -1,12 +1,13 @@
 /** The agent against the real metadata service, on an engine in memory that fails when it is told to. */
-import { mkdtempSync, rmSync } from 'node:fs';
+import { execFileSync } from 'node:child_process';
+import { existsSync, mkdtempSync, readFileSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 import { call, createLogger } from '@holdfast/common';
 import { startMetadataService, type MetadataService } from '@holdfast/metadata-service';
 import { holdfast, type MetadataClient, type NodeAgentClient, type Volume__Output } from '@holdfast/proto';
-import { credentials } from '@grpc/grpc-js';
+import { credentials, type ChannelCredentials } from '@grpc/grpc-js';
 import { loadIdentity, startAgent, type Agent } from '../../src/agent/index.ts';
 import { FakeDisk, FakeNative } from './fake-native.ts';
 
@@ -52,7 +53,30 @@ async function until<T>(what: string, test: () => Promise<T | undefined> | T | u
   }
 }
 
-async function startNode(name: string): Promise<Node> {
+/** A certificate authority, and a certificate of it for `name` on this machine. */
+function certificates(name: string): { ca: string; cert: string; key: string } {
+  const file = (end: string): string => join(directory, end);
+  const openssl = (...args: string[]): void => {
+    execFileSync('openssl', args, { stdio: 'ignore' });
+  };
+  const ca = file('ca.pem');
+  const curve = ['-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:prime256v1', '-nodes', '-days', '1'];
+  if (!existsSync(ca)) {
+    openssl('req', '-x509', ...curve, '-subj', '/CN=test ca', '-keyout', file('ca.key'), '-out', ca);
+  }
+  const [cert, key] = [file(`${name}.pem`), file(`${name}.key`)];
+  const by = ['-CA', ca, '-CAkey', file('ca.key'), '-subj', `/CN=${name}`];
+  const extensions = [
+    '-addext',
+    'subjectAltName=IP:127.0.0.1',
+    '-addext',
+    'basicConstraints=critical,CA:FALSE',
+  ];
+  openssl('req', '-x509', ...curve, ...by, ...extensions, '-keyout', key, '-out', cert);
+  return { ca, cert, key };
+}
+
+async function startNode(name: string, channelCredentials?: ChannelCredentials): Promise<Node> {
   const native = new FakeNative(disk);
   const stateDir = join(directory, name);
   const socket = `unix:${join(stateDir, 'agent.sock')}`;
@@ -76,6 +100,7 @@ async function startNode(name: string): Promise<Node> {
         logger,
         native,
         rescanMs: 200,
+        ...(channelCredentials === undefined ? {} : { channelCredentials }),
       });
     },
   };
@@ -170,6 +195,22 @@ describe('agent', () => {
     await node.start();
     await joined(node);
     expect(node.native.pool.generation).toBe(2n);
+  });
+
+  it('speaks mutual TLS, and is refused without a certificate', async () => {
+    await stopService();
+    const files = certificates('metadata');
+    service = await startMetadataService({ listen: '127.0.0.1:0', store: 'memory', logger, tls: files });
+    address = service.address;
+    const own = certificates('node-1');
+    const stranger = await startNode('stranger', credentials.createSsl(readFileSync(own.ca)));
+    const node = await startNode(
+      'node-1',
+      credentials.createSsl(readFileSync(own.ca), readFileSync(own.key), readFileSync(own.cert)),
+    );
+    await joined(node);
+    const info = await call(stranger.api, stranger.api.GetAgentInfo, {});
+    expect(info.service_connected).toBe(false);
   });
 
   it('opens a published volume once, and reports what it claims before it is returned', async () => {
