@@ -1,4 +1,5 @@
-// holdfast-crash-test --seeds A..B [--verbose]: runs the seeds from A to B, both included, and names the first that fails.
+// holdfast-crash-test --seeds A..B [--verbose]: runs the seeds from A to B, both included, and names the first that
+// fails.
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -47,10 +48,12 @@ int main(int argc, char** argv) {
     if (!keep_going) break;
   }
   const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begun).count();
-  std::printf("seeds %llu..%llu: %llu failed, %llu operations, %llu power cuts, %llu kills, %llu slabs given back, %llu blocks checked, "
-              "%.1f s\n",
-              first, last, failed, static_cast<unsigned long long>(total.operations),
-              static_cast<unsigned long long>(total.cuts), static_cast<unsigned long long>(total.kills),
-              static_cast<unsigned long long>(total.emptied), static_cast<unsigned long long>(total.checks), seconds);
+  std::printf(
+      "seeds %llu..%llu: %llu failed, %llu operations, %llu power cuts, %llu kills, %llu slabs given back, %llu blocks "
+      "checked, "
+      "%.1f s\n",
+      first, last, failed, static_cast<unsigned long long>(total.operations),
+      static_cast<unsigned long long>(total.cuts), static_cast<unsigned long long>(total.kills),
+      static_cast<unsigned long long>(total.emptied), static_cast<unsigned long long>(total.checks), seconds);
   return failed > 0 ? 1 : 0;
 }

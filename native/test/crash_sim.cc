@@ -144,7 +144,8 @@ struct World final : VolumeObserver {
         (unsigned long long)generation);
     if (info.generation != generation) return;
     emptied++;
-    if (info.where == SlabInfo::Where::kLayer && info.layer != layer) fail("a slab was emptied by a layer that had it not");
+    if (info.where == SlabInfo::Where::kLayer && info.layer != layer)
+      fail("a slab was emptied by a layer that had it not");
     info.where = SlabInfo::Where::kFree;
     if (random.chance(500)) grant(slab);  // handed on at once: a late discard would meet its new owner
   }
@@ -157,7 +158,8 @@ struct World final : VolumeObserver {
   void volume_event(uint64_t volume_id, Code, const std::string& message) override {
     if (ignoring) return;
     log("event of volume %llu: %s", (unsigned long long)volume_id, message.c_str());
-    if (!damaged && message.find("is mapped by slab") != std::string::npos) fail("a chunk was mapped twice: " + message);
+    if (!damaged && message.find("is mapped by slab") != std::string::npos)
+      fail("a chunk was mapped twice: " + message);
   }
   void refill(uint64_t count) {
     bool any = false;
@@ -207,7 +209,8 @@ struct World final : VolumeObserver {
     one->spec.volume_id = id;
     one->spec.slot = static_cast<uint32_t>(id);
     one->spec.name = "v" + std::to_string(id);
-    one->size_blocks = (8 + random.below(max_chunks - 7)) * kBlocksPerChunk - (random.chance(300) ? random.below(kBlocksPerChunk) : 0);
+    one->size_blocks =
+        (8 + random.below(max_chunks - 7)) * kBlocksPerChunk - (random.chance(300) ? random.below(kBlocksPerChunk) : 0);
     one->may_be_blocks = one->size_blocks;
     one->spec.size_bytes = one->size_blocks * kBlock;
     one->spec.host_id = 1;
@@ -234,8 +237,9 @@ struct World final : VolumeObserver {
       for (LayerSpec& layer : one.spec.layers) layer.slabs = slabs_of(layer.layer_id);
     }
     one.opened_spec = one.spec;
-    auto arena = taking_over ? PageArena::attach(one.arena_memory->data(), one.arena_memory->size())
-                             : PageArena::format(one.arena_memory->data(), one.arena_memory->size(), one.id, one.spec.epoch);
+    auto arena = taking_over
+                     ? PageArena::attach(one.arena_memory->data(), one.arena_memory->size())
+                     : PageArena::format(one.arena_memory->data(), one.arena_memory->size(), one.id, one.spec.epoch);
     if (!arena.ok()) fail("the page arena is not usable: " + arena.status.message);
     one.arena = std::move(*arena);
     VolumeEnvironment environment;
@@ -251,9 +255,10 @@ struct World final : VolumeObserver {
     log("open volume %llu, epoch %llu%s", (unsigned long long)one.id, (unsigned long long)one.spec.epoch,
         taking_over ? ", taking over" : "");
     SimVolume* target = &one;
-    Volume::open(environment, one.spec, taking_over, [this, target, taking_over](Result<std::unique_ptr<Volume>> result) {
-      opened(*target, taking_over, std::move(result));
-    });
+    Volume::open(environment, one.spec, taking_over,
+                 [this, target, taking_over](Result<std::unique_ptr<Volume>> result) {
+                   opened(*target, taking_over, std::move(result));
+                 });
   }
   void opened(SimVolume& one, bool taking_over, Result<std::unique_ptr<Volume>> result) {
     if (ignoring) {
@@ -262,7 +267,8 @@ struct World final : VolumeObserver {
     }
     if (!result.ok()) {
       // Only an I/O error excuses. A failed opening leaves the arena as it was found, so a take-over is tried again.
-      if (result.status.code != Code::kIo || error_chance == 0) fail("volume " + std::to_string(one.id) + ": " + result.status.message);
+      if (result.status.code != Code::kIo || error_chance == 0)
+        fail("volume " + std::to_string(one.id) + ": " + result.status.message);
       log("open failed: %s", result.status.message.c_str());
       one.state = SimVolume::State::kClosed;
       return;
@@ -395,7 +401,9 @@ struct World final : VolumeObserver {
           const auto& known = o.readable[i];
           if (std::find(known.begin(), known.end(), value) != known.end()) continue;
           const Cell& cell = one.cells[first + i];
-          if (std::any_of(cell.begin(), cell.end(), [&](const Candidate& c) { return c.value == value && c.start > o.start; })) continue;
+          if (std::any_of(cell.begin(), cell.end(),
+                          [&](const Candidate& c) { return c.value == value && c.start > o.start; }))
+            continue;
           wrong(one, first + i, value, "read");
         }
         break;
@@ -422,13 +430,14 @@ struct World final : VolumeObserver {
     char text[400];
     std::string allowed;
     for (const Candidate& c : one.cells[block]) {
-      std::snprintf(text, sizeof text, " %llx[%llu..%lld%s%s]", (unsigned long long)c.value, (unsigned long long)c.start,
-                    c.end == kOpenEnded ? -1ll : (long long)c.end, c.durable ? " durable" : "", c.maybe ? " maybe" : "");
+      std::snprintf(text, sizeof text, " %llx[%llu..%lld%s%s]", (unsigned long long)c.value,
+                    (unsigned long long)c.start, c.end == kOpenEnded ? -1ll : (long long)c.end,
+                    c.durable ? " durable" : "", c.maybe ? " maybe" : "");
       allowed += text;
     }
     std::snprintf(text, sizeof text, "volume %llu block %llu (chunk %llu): %s found %llx, flushed up to %llu, allowed:",
-                  (unsigned long long)one.id, (unsigned long long)block, (unsigned long long)block / kBlocksPerChunk, when,
-                  (unsigned long long)value, (unsigned long long)one.flushed_upto);
+                  (unsigned long long)one.id, (unsigned long long)block, (unsigned long long)block / kBlocksPerChunk,
+                  when, (unsigned long long)value, (unsigned long long)one.flushed_upto);
     fail(text + allowed);
   }
 
@@ -753,7 +762,8 @@ struct World final : VolumeObserver {
       if (pair[copies.newest].generation != run.generation || pair[copies.newest].layer_id == 0) continue;
       bool any = false;
       for (const SlabEntry& entry : pair[copies.newest].entries) any |= entry.logical_chunk != format::kNoChunk;
-      if (any && !copies.equal) fail("the copies of the page of slab " + std::to_string(run.first) + " differ after a clean close");
+      if (any && !copies.equal)
+        fail("the copies of the page of slab " + std::to_string(run.first) + " differ after a clean close");
     }
   }
 

@@ -11,8 +11,8 @@ using format::SlabPage;
 using format::VolumeRecord;
 
 // A sealed slab page as some other owner might have left it.
-SlabPage page_of(const Bench& bench, uint64_t slab, uint32_t copy, uint64_t generation, uint64_t layer, uint64_t sequence,
-                 uint64_t epoch = 1) {
+SlabPage page_of(const Bench& bench, uint64_t slab, uint32_t copy, uint64_t generation, uint64_t layer,
+                 uint64_t sequence, uint64_t epoch = 1) {
   SlabPage page{};
   page.layer_id = layer;
   page.generation = generation;
@@ -485,7 +485,8 @@ TEST(DataHazard, APageWriteOfUnknownOutcomeIsRetriedToTheSameCopy) {
   bench.errors.set_judge([&](const IoRequest& request) {
     if (request.op == IoOp::kWrite) written.push_back(request.offset);
     // First the page write itself, then the flush after it.
-    const bool hit = failures == 2 ? request.op == IoOp::kWrite : failures == 1 && request.op == IoOp::kFlush && written.size() == 2;
+    const bool hit =
+        failures == 2 ? request.op == IoOp::kWrite : failures == 1 && request.op == IoOp::kFlush && written.size() == 2;
     if (hit) failures--;
     return ErrorDevice::Verdict{hit ? EIO : 0, true};
   });

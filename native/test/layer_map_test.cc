@@ -28,7 +28,8 @@ TEST(LayerMap, MatchesAPlainMapUnderRandomChanges) {
         map.erase(chunk);
         plain.erase(at);
       } else if (room > 0) {
-        const auto count = static_cast<uint32_t>(1 + random.below(std::min<uint32_t>(room, random.chance(200) ? 300 : 3)));
+        const auto count =
+            static_cast<uint32_t>(1 + random.below(std::min<uint32_t>(room, random.chance(200) ? 300 : 3)));
         const auto place = static_cast<Place>(random.chance(500) ? chunk + 77 : random.below(1u << 30));
         map.set_run(chunk, count, place);
         for (uint32_t k = 0; k < count; k++) plain[chunk + k] = place + k;

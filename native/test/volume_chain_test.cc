@@ -117,7 +117,9 @@ TEST(VolumeChain, RandomOperationsOverThreeLayersMatchAPlainArray) {
         const uint64_t count = 1 + random.below(std::min<uint64_t>(blocks.size() - first, random.chance(300) ? 80 : 8));
         const auto fill = static_cast<uint8_t>(1 + random.below(250));
         const bool zero = random.chance(400);
-        ASSERT_EQ(zero ? bench.discard(first * kBlock, count * kBlock) : bench.write(first * kBlock, count * kBlock, fill), 0);
+        ASSERT_EQ(
+            zero ? bench.discard(first * kBlock, count * kBlock) : bench.write(first * kBlock, count * kBlock, fill),
+            0);
         std::fill_n(blocks.begin() + static_cast<ptrdiff_t>(first), count, zero ? uint8_t{0} : fill);
         if (random.chance(100)) {
           ASSERT_EQ(bench.flush(), 0);

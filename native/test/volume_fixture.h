@@ -254,7 +254,8 @@ class Bench {
       slabs.push_back({one.slab, 1, one.generation});
     }
     for (const auto& one : observer.emptied) {
-      std::erase_if(slabs, [&](const SlabRun& run) { return run.first == one.slab && run.generation == one.generation; });
+      std::erase_if(slabs,
+                    [&](const SlabRun& run) { return run.first == one.slab && run.generation == one.generation; });
     }
     observer.claimed.clear();
     observer.emptied.clear();

@@ -19,7 +19,8 @@ constexpr uint64_t kSlabs = kTiB / format::kSlabSize;
 // Reads of slab pages give claimed, full slabs; the rest is memory.
 class FabricatedDevice final : public BlockDevice {
  public:
-  FabricatedDevice(const format::Superblock& superblock, bool random) : superblock_(superblock), memory_(superblock.device_bytes) {
+  FabricatedDevice(const format::Superblock& superblock, bool random)
+      : superblock_(superblock), memory_(superblock.device_bytes) {
     if (!random) return;
     // Every chunk of the volume exactly once, in no order: steps of an odd number modulo a power of two.
     shuffle_ = 0x9e3779b1u;
@@ -44,7 +45,8 @@ class FabricatedDevice final : public BlockDevice {
   }
   void make_page(uint64_t offset, format::SlabPage& page) const {
     const uint64_t in = offset - superblock_.first_region_offset;
-    const uint64_t slab = in / format::kRegionStride * format::kSlabsPerRegion + in % format::kRegionStride / format::kSlabPairSize;
+    const uint64_t slab =
+        in / format::kRegionStride * format::kSlabsPerRegion + in % format::kRegionStride / format::kSlabPairSize;
     page = format::SlabPage{};
     page.layer_id = 50;
     page.generation = 1;
@@ -113,14 +115,16 @@ Cost open_one_tib(bool random) {
 TEST(VolumeMemory, OneTebibyteMappedAtRandomStaysUnder400MiB) {
   const Cost cost = open_one_tib(true);
   RecordProperty("memory_bytes", std::to_string(cost.memory));
-  std::printf("random: %.1f MiB, opened in %.2f s of processor time\n", double(cost.memory) / double(kMiB), cost.seconds);
+  std::printf("random: %.1f MiB, opened in %.2f s of processor time\n", double(cost.memory) / double(kMiB),
+              cost.seconds);
   EXPECT_EQ(cost.mapped, kTiB);
   EXPECT_LT(cost.memory, 400 * kMiB);
 }
 
 TEST(VolumeMemory, OneTebibyteMappedInSequenceStaysUnder8MiB) {
   const Cost cost = open_one_tib(false);
-  std::printf("sequential: %.1f MiB, opened in %.2f s of processor time\n", double(cost.memory) / double(kMiB), cost.seconds);
+  std::printf("sequential: %.1f MiB, opened in %.2f s of processor time\n", double(cost.memory) / double(kMiB),
+              cost.seconds);
   EXPECT_EQ(cost.mapped, kTiB);
   EXPECT_LT(cost.memory, 8 * kMiB);
 }

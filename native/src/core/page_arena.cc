@@ -81,7 +81,8 @@ Result<std::unique_ptr<PageArena>> PageArena::format(void* memory, size_t bytes,
     // Used before: clear only what was ever written, so that sparse memory stays sparse.
     std::memset(static_cast<void*>(arena->directory_), 0, std::min(header.directory_used, arena->directory_capacity_) *
                                                               sizeof(DirectoryEntry));
-    std::memset(static_cast<void*>(arena->metas_), 0, std::min(header.slots_used, arena->slot_count_) * sizeof(SlotMeta));
+    std::memset(static_cast<void*>(arena->metas_), 0,
+                std::min(header.slots_used, arena->slot_count_) * sizeof(SlotMeta));
   } else if (header.magic != 0) {
     std::memset(memory, 0, bytes);
   }
@@ -105,9 +106,10 @@ Result<std::unique_ptr<PageArena>> PageArena::attach(void* memory, size_t bytes)
   const Header& header = *arena->header_;
   if (header.magic != kArenaMagic || header.bytes != bytes || header.directory_used > arena->directory_capacity_ ||
       header.slots_used > arena->slot_count_) {
-    return Status{Code::kCorrupt,
-                  "the page images left behind are not usable (unknown layout or another size); open the volume afresh: "
-                  "what was flushed is on the pool"};
+    return Status{
+        Code::kCorrupt,
+        "the page images left behind are not usable (unknown layout or another size); open the volume afresh: "
+        "what was flushed is on the pool"};
   }
   arena->adopt();
   return arena;

@@ -34,7 +34,8 @@ void SimDisk::render(const Content& content, std::byte* to) {
     std::memcpy(to, content.bytes.get(), kBlockSize);
     return;
   }
-  for (size_t at = 0; at < kBlockSize; at += sizeof content.word) std::memcpy(to + at, &content.word, sizeof content.word);
+  for (size_t at = 0; at < kBlockSize; at += sizeof content.word)
+    std::memcpy(to + at, &content.word, sizeof content.word);
 }
 
 SimDisk::Content SimDisk::untouched(uint64_t block) const {

@@ -3,13 +3,13 @@
 //   - Requests complete in any order, when the simulation says so. Writes in flight have no order among each other.
 //   - A completed write is in the volatile cache. It is durable only by FUA, or by a flush submitted after its
 //     completion. A flush promises nothing about writes that were still in flight when it was submitted.
-//   - A power cut decides for each 4 KiB block on its own which of its versions since the last durable one survives, the
-//     durable one included, those of writes in flight included. In pages (the metadata areas) each 512-byte sector
+//   - A power cut decides for each 4 KiB block on its own which of its versions since the last durable one survives,
+//     the durable one included, those of writes in flight included. In pages (the metadata areas) each 512-byte sector
 //     decides for itself, so they tear; data blocks do not (data has no checksum, and devices write 4 KiB whole).
 //   - The cache may have written back anything before: a version that survives needs no flush.
 //   - A discarded block reads as what it was, as zeros or as garbage, until it is written.
-//   - A failed write, or one whose process was killed, may have been carried out in part, or whole; a page may be torn by
-//     it, too. A failed flush may have flushed.
+//   - A failed write, or one whose process was killed, may have been carried out in part, or whole; a page may be torn
+//     by it, too. A failed flush may have flushed.
 //   - Data blocks that were never written read as garbage that names them, never as zeros.
 //
 // Not thread-safe. Contents are kept small: a block that repeats one 8-byte word costs that word.

@@ -224,11 +224,7 @@ VolumeStats VolumeImpl::stats() const {
   VolumeStats all = counters_;
   all.size_bytes = size_bytes_;
   all.mapped_bytes = data_chunks_ * format::kChunkSize;
-  uint64_t top = unclaimed_.size();
-  for (uint32_t i = 0; i < slabs_.size(); i++) {
-    top += slabs_[i].state != SlabState::kVacant && slabs_[i].layer == 0;
-  }
-  all.allocated_bytes = top * format::kSlabSize;
+  all.allocated_bytes = (top_slabs_ + unclaimed_.size()) * format::kSlabSize;
   all.held = held_;
   all.dirty_pages = 0;
   for (uint32_t i = 0; i < hot_size_; i++) {

@@ -1,7 +1,7 @@
 // The inside of an open volume. One class, one lock; each of the .cc files named below holds one idea of it.
 //
 //   volume.cc           requests as such: submit, finish, waiting lists, grace periods, statistics
-//   volume_open.cc      records, slab pages, the arena's images: from the disk to a volume that can serve
+//   volume_open.cc      the grant and the records; volume_load.cc: slab pages and the arena images, made into the map
 //   volume_read.cc      from logical blocks to extents on disk through the chain of layers
 //   volume_write.cc     places for new chunks; data first, then the bits of the page image, then the acknowledgement
 //   volume_discard.cc   clearing bits, zero masks and hole ranges
@@ -391,7 +391,8 @@ class VolumeImpl final : public Volume {
   uint32_t list_head_ = kNoIndex;  // live slabs of the top layer with free chunks
   uint32_t current_ = kNoIndex;    // where the next chunk comes from
   uint32_t current_cursor_ = 0;
-  uint64_t free_total_ = 0;
+  uint64_t free_total_ = 0;        // chunks that can be given out at once
+  uint64_t top_slabs_ = 0;
   uint32_t hole_slab_ = 0;         // where the last hole found room
   uint32_t unsettled_ = 0;
   uint32_t unsettled_cursor_ = 0;

@@ -1,782 +1,288 @@
-// Opening a volume: refuse what is stale or damaged, write the claim to it durably before anything else, then read the
-// slab pages of all layers in runs and build the map. After a crash of the engine the arena's images, which are newer
-// than what is on the disk, are laid over it.
+// Opening a volume: the grant is checked, what is stale or damaged refused, and the claim to the volume written durably
+// before anything else. The slab pages come after that: volume_load.cc.
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
-#include <map>
 
-#include "volume_impl.h"
+#include "volume_opener.h"
 
 namespace holdfast {
 
-using format::kChunksPerSlab;
-using format::kNoChunk;
 using format::kPageSize;
 using format::LayerRecord;
 using format::LayerState;
-using format::SlabEntry;
-using format::SlabPage;
 using format::VolumeRecord;
 using format::VolumeState;
 
-class VolumeOpener {
- public:
-  static void start(const VolumeEnvironment& environment, const VolumeSpec& spec, bool taking_over,
-                    Volume::Opened opened) {
-    auto* self = new VolumeOpener(environment, spec, taking_over, std::move(opened));
-    self->begin();
-  }
+// ---- ends
 
- private:
-  static constexpr uint32_t kSlabsPerRead = 128;  // 1 MiB of pages
-  static constexpr uint32_t kReads = 6;           // in flight
-  static constexpr size_t kNamed = 4;             // how many bad slabs an error names
-
-  struct Granted {
-    uint64_t slab = 0;
-    uint64_t generation = 0;
-    uint32_t layer = 0;
-    uint32_t claim = PageArena::kNone;
-    bool claiming = false;  // the arena says: its claim may not be complete
-  };
-  struct Read {
-    IoRequest io;
-    iovec iov{};
-    VolumeOpener* opener = nullptr;
-    size_t first = 0;  // index in granted_
-    size_t count = 0;
-    std::unique_ptr<PageBuffer> buffer;
-    bool busy = false;
-  };
-  // A chunk mapped by two slabs of one layer.
-  struct Twice {
-    uint32_t layer;
-    uint32_t chunk;
-    uint32_t slab_a;
-    uint32_t slab_b;
-  };
-
-  VolumeOpener(const VolumeEnvironment& environment, const VolumeSpec& spec, bool taking_over, Volume::Opened opened)
-      : environment_(environment),
-        superblock_(*environment.superblock),
-        spec_(spec),
-        taking_over_(taking_over),
-        opened_(std::move(opened)),
-        home_(Executor::current()) {
-    HF_ASSERT(home_ != nullptr);
-    name_ = "volume " + std::to_string(spec.volume_id) + (spec.name.empty() ? "" : " (" + spec.name + ")");
-  }
-
-  // ---- ends
-
-  // Later, on the executor, so that `opened` never runs inside open().
-  void end(Status status) {
-    HF_ASSERT(outstanding_ == 0);
-    result_ = std::move(status);
-    task_.opener = this;
-    task_.run = [](Task* task) {
-      std::unique_ptr<VolumeOpener> self(static_cast<EndTask*>(task)->opener);
-      // Slots and events that came up while opening are told first.
-      if (self->volume_ != nullptr) {
-        std::unique_lock lock(self->volume_->mu_);
-        self->volume_->unlock(lock);
-      }
-      if (self->result_.ok()) {
-        self->opened_(Result<std::unique_ptr<Volume>>(std::unique_ptr<Volume>(std::move(self->volume_))));
-      } else {
-        self->opened_(Result<std::unique_ptr<Volume>>(std::move(self->result_)));
-      }
-    };
-    home_->post(&task_);
-  }
-  void refuse(Code code, std::string why) { end({code, name_ + " is not opened: " + std::move(why)}); }
-  void tell(Code code, std::string message) { volume_->event(code, name_ + ": " + std::move(message)); }
-
-  // ---- the grant
-
-  std::string bad_spec() const {
-    if (spec_.volume_id == 0 || spec_.layers.empty() || spec_.layers.size() > 250) return "the grant names no usable chain of layers";
-    if (spec_.size_bytes == 0 || spec_.size_bytes % format::kBlockSize != 0 || spec_.size_bytes > format::kMaxVolumeBytes) {
-      return "its size of " + std::to_string(spec_.size_bytes) + " bytes is outside what the format allows";
+// Later, on the executor, so that `opened` never runs inside open().
+void VolumeOpener::end(Status status) {
+  HF_ASSERT(outstanding_ == 0);
+  result_ = std::move(status);
+  task_.opener = this;
+  task_.run = [](Task* task) {
+    std::unique_ptr<VolumeOpener> self(static_cast<EndTask*>(task)->opener);
+    // Slots and events that came up while opening are told first.
+    if (self->volume_ != nullptr) {
+      std::unique_lock lock(self->volume_->mu_);
+      self->volume_->unlock(lock);
     }
-    if (spec_.slot >= superblock_.volume_slots) return "its record slot lies outside the pool's table";
-    for (const LayerSpec& layer : spec_.layers) {
-      if (layer.layer_id == 0) return "the grant has a layer without an id";
-      for (const SlabRun& run : layer.slabs) {
-        if (run.count == 0 || run.first + run.count > superblock_.slab_count) {
-          return "the grant has slabs outside the pool (" + std::to_string(run.first) + " and on)";
-        }
-      }
-    }
-    if (spec_.read_only) return {};
-    if (spec_.layers[0].frozen) return "its top layer is frozen, it can only be opened read-only";
-    if (spec_.layers[0].slot >= superblock_.layer_slots) return "its layer's record slot lies outside the pool's table";
-    const PageArena* arena = environment_.arena;
-    if (arena == nullptr || environment_.stock == nullptr) return "no page arena or no slab stock was given";
-    if (arena->volume_id() != spec_.volume_id || arena->epoch() != spec_.epoch) {
-      return "the page images given are of volume " + std::to_string(arena->volume_id()) + ", epoch " +
-             std::to_string(arena->epoch()) + "; the grant is of epoch " + std::to_string(spec_.epoch);
-    }
-    if (!taking_over_ && (arena->claim_count() > 0 || !arena->images().empty())) {
-      return "page images of an earlier engine are there, but it is not taken over from";
-    }
-    return {};
-  }
-
-  void begin() {
-    if (std::string why = bad_spec(); !why.empty()) return refuse(Code::kInvalidArgument, std::move(why));
-    volume_ = std::make_unique<VolumeImpl>(environment_, spec_);
-    volume_->record_page_ = std::make_unique<PageBuffer>(kPageSize);
-    volume_->scratch_page_ = std::make_unique<PageBuffer>(kPageSize);
-    for (const LayerSpec& layer : spec_.layers) {
-      volume_->layers_.emplace_back();
-      volume_->layers_.back().id = layer.layer_id;
-    }
-    read_pair(superblock_.volume_table_offset + uint64_t{spec_.slot} * 2 * kPageSize, &VolumeOpener::have_record);
-  }
-
-  // ---- one I/O at a time: records
-
-  void submit(IoOp op, uint64_t offset, uint32_t pages, size_t at, void (VolumeOpener::*then)(int)) {
-    then_ = then;
-    iov_ = {pages_.data() + at, size_t{pages} * kPageSize};
-    io_.op = op;
-    io_.fua = op == IoOp::kWrite;
-    io_.offset = op == IoOp::kFlush ? 0 : offset;
-    io_.length = op == IoOp::kFlush ? 0 : iov_.iov_len;
-    io_.iov = op == IoOp::kFlush ? nullptr : &iov_;
-    io_.iov_count = op == IoOp::kFlush ? 0 : 1;
-    io_.user = this;
-    io_.done = [](IoRequest* request, int error) {
-      auto* self = static_cast<VolumeOpener*>(request->user);
-      self->outstanding_--;
-      (self->*self->then_)(error);
-    };
-    outstanding_++;
-    environment_.device->submit(&io_);
-  }
-  void read_pair(uint64_t offset, void (VolumeOpener::*then)(int)) { submit(IoOp::kRead, offset, 2, 0, then); }
-
-  std::string errno_text(int error) const { return "(errno " + std::to_string(error) + ": " + std::strerror(error) + ")"; }
-
-  void have_record(int error) {
-    if (error != 0) return refuse(Code::kIo, "its record can't be read " + errno_text(error) + "; check the pool's device");
-    const uint64_t address = superblock_.volume_table_offset + uint64_t{spec_.slot} * 2 * kPageSize;
-    const auto& a = pages_.at<VolumeRecord>(0);
-    const auto& b = pages_.at<VolumeRecord>(kPageSize);
-    const Copies copies = choose_record(a, b, environment_.pool, address);
-    if (copies.bad()) {
-      return refuse(Code::kCorrupt, std::string("both copies of its record are damaged: copy A ") +
-                                        page_state_text(copies.state[0]) + ", copy B " +
-                                        page_state_text(copies.state[1]) +
-                                        "; which epoch it is at can't be known. Run `holdfast pool check`");
-    }
-    if (copies.degraded()) {
-      const int damaged = 1 - copies.newest;
-      tell(Code::kCorrupt, std::string("copy ") + "AB"[damaged] + " of its record (byte " +
-                               std::to_string(address + uint64_t(damaged) * kPageSize) + " of the pool) " +
-                               page_state_text(copies.state[damaged]) + "; the other copy serves");
-    }
-    bool fresh = true;
-    VolumeRecord& record = volume_->record_;
-    if (copies.valid()) {
-      record = copies.newest == 0 ? a : b;
-      volume_->record_newest_ = copies.newest;
-      fresh = record.volume_id == 0 || record.state == VolumeState::kFree ||
-              (record.volume_id != spec_.volume_id && record.state == VolumeState::kDeleted);
+    if (self->result_.ok()) {
+      self->opened_(Result<std::unique_ptr<Volume>>(std::unique_ptr<Volume>(std::move(self->volume_))));
     } else {
-      volume_->record_newest_ = 1;
+      self->opened_(Result<std::unique_ptr<Volume>>(std::move(self->result_)));
     }
-    if (spec_.read_only) {
-      if (!fresh && record.volume_id == spec_.volume_id && record.epoch > spec_.epoch) {
-        return refuse(Code::kStale, "its record is of epoch " + std::to_string(record.epoch) +
-                                        ", newer than the grant's " + std::to_string(spec_.epoch));
-      }
-      return plan_reads();
-    }
-    if (fresh) return first_open();
-    if (record.volume_id != spec_.volume_id) {
-      return refuse(Code::kStale, "its record slot belongs to volume " + std::to_string(record.volume_id) +
-                                      "; the grant is out of date");
-    }
-    if (record.state == VolumeState::kDeleted) return refuse(Code::kNotFound, "it has been deleted");
-    if (record.fenced != 0) {
-      return refuse(Code::kFenced, "it is fenced, and a fenced volume is never reopened by itself");
-    }
-    const bool same_holder = record.epoch == spec_.epoch && record.host_id == spec_.host_id &&
-                             record.generation == spec_.generation;
-    if (record.epoch > spec_.epoch || (record.epoch == spec_.epoch && !(taking_over_ && same_holder))) {
-      return refuse(Code::kStale, "its record is of epoch " + std::to_string(record.epoch) + " (host " +
-                                      std::to_string(record.host_id) + ", generation " +
-                                      std::to_string(record.generation) + "), the grant of epoch " +
-                                      std::to_string(spec_.epoch) + "; ask for a new grant");
-    }
-    if (record.top_layer_id != spec_.layers[0].layer_id) {
-      return refuse(Code::kStale, "its record names layer " + std::to_string(record.top_layer_id) +
-                                      " as the top, the grant layer " + std::to_string(spec_.layers[0].layer_id) +
-                                      "; the metadata service must read the record first");
-    }
-    // Volumes never shrink: a growth that is durable counts, whoever knows of it.
-    volume_->size_bytes_ = std::max(record.size_bytes, spec_.size_bytes);
-    write_record();
-  }
-
-  // A slot never used, or whose former volume is gone: the layer's record first, then the whole volume record.
-  void first_open() {
-    const uint64_t sequence = volume_->record_.header.sequence;
-    volume_->record_ = VolumeRecord{};
-    VolumeRecord& record = volume_->record_;
-    record.header.sequence = sequence;
-    record.volume_id = spec_.volume_id;
-    record.logical_sector_size = format::kBlockSize;
-    record.top_layer_id = spec_.layers[0].layer_id;
-    record.uuid = spec_.uuid;
-    if (!set_field(record.name, spec_.name) || spec_.parameters_json.size() > sizeof record.parameters) {
-      return refuse(Code::kInvalidArgument, "its name or its parameters do not fit its record (at most " +
-                                                std::to_string(sizeof record.name) + " and " +
-                                                std::to_string(sizeof record.parameters) + " bytes)");
-    }
-    std::memcpy(record.parameters, spec_.parameters_json.data(), spec_.parameters_json.size());
-    record.parameters_length = static_cast<uint32_t>(spec_.parameters_json.size());
-    volume_->size_bytes_ = spec_.size_bytes;
-    read_pair(layer_address(), &VolumeOpener::have_layer);
-  }
-
-  uint64_t layer_address() const {
-    return superblock_.layer_table_offset + uint64_t{spec_.layers[0].slot} * 2 * kPageSize;
-  }
-
-  void have_layer(int error) {
-    if (error != 0) return refuse(Code::kIo, "its layer's record can't be read " + errno_text(error));
-    const auto& a = pages_.at<LayerRecord>(0);
-    const auto& b = pages_.at<LayerRecord>(kPageSize);
-    const Copies copies = choose_record(a, b, environment_.pool, layer_address());
-    if (copies.bad()) {
-      return refuse(Code::kCorrupt, "both copies of its layer's record are damaged. Run `holdfast pool check`");
-    }
-    const LayerSpec& top = spec_.layers[0];
-    uint64_t sequence = 0;
-    if (copies.valid()) {
-      const LayerRecord& found = copies.newest == 0 ? a : b;
-      sequence = found.header.sequence;
-      if (found.layer_id != 0 && found.layer_id != top.layer_id && found.state != LayerState::kFree &&
-          found.state != LayerState::kDeleted) {
-        return refuse(Code::kStale, "the record slot of its layer belongs to layer " + std::to_string(found.layer_id));
-      }
-    }
-    layer_copy_ = copies.valid() ? static_cast<uint32_t>(1 - copies.newest) : 0;
-    LayerRecord record{};
-    record.layer_id = top.layer_id;
-    record.parent_layer_id = top.parent_layer_id;
-    record.volume_id = spec_.volume_id;
-    record.size_bytes = spec_.size_bytes;
-    record.birth = top.birth;
-    record.state = LayerState::kWritable;
-    for (uint32_t copy = 0; copy < 2; copy++) {
-      auto& page = pages_.at<LayerRecord>(size_t{copy} * kPageSize);
-      page = record;
-      seal(page, environment_.pool, layer_address() + uint64_t{copy} * kPageSize, sequence + 1);
-    }
-    write_layer(&VolumeOpener::layer_half_written);
-  }
-  void write_layer(void (VolumeOpener::*then)(int)) {
-    submit(IoOp::kWrite, layer_address() + uint64_t{layer_copy_} * kPageSize, 1, size_t{layer_copy_} * kPageSize, then);
-  }
-  void layer_half_written(int error) {
-    if (error != 0) return refuse(Code::kIo, "its layer's record can't be written " + errno_text(error));
-    layer_copy_ = 1 - layer_copy_;
-    write_layer(&VolumeOpener::layer_written);
-  }
-  void layer_written(int error) {
-    if (error != 0) return refuse(Code::kIo, "its layer's record can't be written " + errno_text(error));
-    write_record();
-  }
-
-  // {epoch, host, generation, open} durable before anything else is read as ours or written.
-  void write_record() {
-    VolumeRecord& record = volume_->record_;
-    record.header.flags = 0;
-    record.state = VolumeState::kOpen;
-    record.size_bytes = volume_->size_bytes_;
-    record.epoch = spec_.epoch;
-    record.host_id = spec_.host_id;
-    record.generation = spec_.generation;
-    volume_->flush_number_ = record.flush_number;
-    if (volume_->record_newest_ != 0 && volume_->record_newest_ != 1) volume_->record_newest_ = 0;
-    std::unique_lock lock(volume_->mu_);
-    volume_->control_.kind = VolumeImpl::Control::Kind::kGrow;  // nobody else's
-    volume_->opener_ = this;
-    volume_->write_record([](VolumeImpl* self, int error) {
-      self->control_ = VolumeImpl::Control{};
-      self->opener_->record_error_ = error;
-      self->opener_->post_step(&VolumeOpener::record_written);
-    });
-    lock.unlock();
-  }
-  // The volume's own callbacks run under its lock: go on outside.
-  void post_step(void (VolumeOpener::*step)()) {
-    step_ = step;
-    step_task_.opener = this;
-    step_task_.run = [](Task* task) {
-      VolumeOpener* self = static_cast<EndTask*>(task)->opener;
-      (self->*self->step_)();
-    };
-    home_->post(&step_task_);
-  }
-  void record_written() {
-    if (record_error_ != 0) {
-      return refuse(Code::kIo, "its record can't be written " + errno_text(record_error_) + "; check the pool's device");
-    }
-    plan_reads();
-  }
-
-  // ---- slab pages
-
-  void plan_reads() {
-    std::map<uint64_t, Granted> claims;  // by slab; the arena's word on slabs beats the grant's
-    const PageArena* arena = spec_.read_only ? nullptr : environment_.arena;
-    for (uint32_t i = 0; arena != nullptr && i < arena->claim_count(); i++) {
-      const PageArena::Claim claim = arena->claim(i);
-      if (claim.state == PageArena::ClaimState::kFree) continue;
-      Granted one{claim.slab, claim.generation, 0, i, claim.state == PageArena::ClaimState::kClaiming};
-      for (uint32_t l = 0; l < spec_.layers.size(); l++) {
-        if (spec_.layers[l].layer_id == claim.layer_id) one.layer = l;
-      }
-      if (claim.state == PageArena::ClaimState::kReturned) {
-        returned_[claim.slab] = claim.generation;
-        // The engine that gave it back may not have lived to say so.
-        volume_->notices_.push_back({false, claim.layer_id, claim.slab, claim.generation});
-        continue;
-      }
-      auto [at, added] = claims.try_emplace(claim.slab, one);
-      if (!added && at->second.generation < claim.generation) at->second = one;
-    }
-    for (uint32_t l = 0; l < spec_.layers.size(); l++) {
-      for (const SlabRun& run : spec_.layers[l].slabs) {
-        for (uint64_t slab = run.first; slab < run.first + run.count; slab++) {
-          if (auto claim = claims.find(slab); claim != claims.end() && claim->second.generation >= run.generation) continue;
-          if (auto gone = returned_.find(slab); gone != returned_.end() && gone->second >= run.generation) continue;
-          granted_.push_back({slab, run.generation, l, PageArena::kNone, false});
-        }
-      }
-    }
-    for (const auto& [slab, one] : claims) {
-      if (auto gone = returned_.find(slab); gone != returned_.end() && gone->second >= one.generation) continue;
-      granted_.push_back(one);
-    }
-    std::sort(granted_.begin(), granted_.end(), [](const Granted& a, const Granted& b) { return a.slab < b.slab; });
-    for (size_t i = 1; i < granted_.size(); i++) {
-      if (granted_[i].slab == granted_[i - 1].slab) {
-        return refuse(Code::kCorrupt, "the grant names slab " + std::to_string(granted_[i].slab) + " twice");
-      }
-    }
-    if (granted_.size() > kMaxSlabIndex) return refuse(Code::kInvalidArgument, "the grant has too many slabs");
-    for (auto& layer : volume_->layers_) {
-      layer.map.resize((volume_->size_bytes_ + format::kChunkSize - 1) / format::kChunkSize);
-    }
-    std::vector<uint64_t> mapped(volume_->layers_.size());
-    for (const Granted& one : granted_) mapped[one.layer] += kChunksPerSlab;
-    for (size_t l = 0; l < mapped.size(); l++) volume_->layers_[l].map.expect(mapped[l]);
-    if (arena != nullptr) {
-      volume_->flush_number_ = std::max(volume_->flush_number_, arena->flush_number());
-      for (const PageArena::Image& image : arena->images()) images_[image.slab] = image;
-    }
-    read_more();
-    if (outstanding_ == 0) have_pages();
-  }
-
-  void read_more() {
-    for (Read& read : reads_) {
-      if (read.busy || next_ == granted_.size() || !failure_.ok()) continue;
-      size_t count = 1;
-      while (next_ + count < granted_.size() && count < kSlabsPerRead &&
-             granted_[next_ + count].slab == granted_[next_].slab + count &&
-             granted_[next_ + count].slab / format::kSlabsPerRegion == granted_[next_].slab / format::kSlabsPerRegion) {
-        count++;
-      }
-      if (read.buffer == nullptr || read.buffer->size() < count * format::kSlabPairSize) {
-        read.buffer = std::make_unique<PageBuffer>(count * format::kSlabPairSize);
-      }
-      read.opener = this;
-      read.first = next_;
-      read.count = count;
-      read.busy = true;
-      read.iov = {read.buffer->data(), count * format::kSlabPairSize};
-      read.io.op = IoOp::kRead;
-      read.io.offset = format::slab_page_offset(superblock_.first_region_offset, granted_[next_].slab);
-      read.io.length = read.iov.iov_len;
-      read.io.iov = &read.iov;
-      read.io.iov_count = 1;
-      read.io.user = &read;
-      read.io.done = [](IoRequest* request, int error) {
-        auto* one = static_cast<Read*>(request->user);
-        one->opener->have_run(*one, error);
-      };
-      next_ += count;
-      outstanding_++;
-      environment_.device->submit(&read.io);
-    }
-  }
-
-  void have_run(Read& read, int error) {
-    outstanding_--;
-    read.busy = false;
-    if (error != 0) {
-      fail(Code::kIo, "the pages of slabs " + std::to_string(granted_[read.first].slab) + " to " +
-                          std::to_string(granted_[read.first + read.count - 1].slab) + " can't be read " +
-                          errno_text(error) + "; check the pool's device");
-    }
-    for (size_t i = 0; i < read.count && failure_.ok(); i++) {
-      have_pair(granted_[read.first + i], read.buffer->at<SlabPage>(i * format::kSlabPairSize),
-                read.buffer->at<SlabPage>(i * format::kSlabPairSize + kPageSize));
-    }
-    read_more();
-    if (outstanding_ == 0) have_pages();
-  }
-
-  void fail(Code code, std::string why) {
-    if (failure_.ok()) failure_ = {code, std::move(why)};
-  }
-
-  void have_pair(const Granted& granted, const SlabPage& a, const SlabPage& b) {
-    const uint64_t address = format::slab_page_offset(superblock_.first_region_offset, granted.slab);
-    const Copies copies = choose_slab(a, b, environment_.pool, address);
-    const std::string slab_name = "slab " + std::to_string(granted.slab);
-    const auto image = images_.find(granted.slab);
-    const bool has_image = image != images_.end() && image->second.generation == granted.generation;
-    if (copies.bad() && !has_image) {
-      // Named once the rest is known: what is not mapped elsewhere may have been here.
-      bad_slabs_.push_back(slab_name + " (layer " + std::to_string(spec_.layers[granted.layer].layer_id) +
-                           ", page at byte " + std::to_string(address) + ": copy A " + page_state_text(copies.state[0]) +
-                           ", copy B " + page_state_text(copies.state[1]) + ")");
-      return;
-    }
-    const SlabPage* newest = !copies.valid() ? nullptr : copies.newest == 0 ? &a : &b;
-    if (newest != nullptr && newest->generation > granted.generation) {
-      return fail(Code::kStale, slab_name + " has been handed on: its page is of generation " +
-                                    std::to_string(newest->generation) + ", the grant of generation " +
-                                    std::to_string(granted.generation));
-    }
-    const LayerSpec& layer = spec_.layers[granted.layer];
-    const bool current = newest != nullptr && newest->generation == granted.generation && newest->layer_id != 0;
-    if (!current) {
-      // Never claimed, given back, or the claim was cut off: no data can be in it.
-      if (!has_image) return keep_unclaimed(granted);
-      return fail(Code::kCorrupt, slab_name + " has changes in memory but no valid page on the disk");
-    }
-    if (newest->layer_id != layer.layer_id) {
-      return fail(Code::kCorrupt, slab_name + " is granted as layer " + std::to_string(layer.layer_id) +
-                                      "'s, but its page names layer " + std::to_string(newest->layer_id) +
-                                      ". Run `holdfast pool check`");
-    }
-    if (!spec_.read_only && newest->epoch > spec_.epoch) {
-      return fail(Code::kStale, slab_name + " was written under epoch " + std::to_string(newest->epoch) +
-                                    ", newer than the grant's " + std::to_string(spec_.epoch));
-    }
-    const SlabPage& other = copies.newest == 0 ? b : a;
-    const PageState other_state = copies.state[1 - copies.newest];
-    const bool other_current = other_state == PageState::kOk && other.generation == granted.generation &&
-                               other.layer_id == newest->layer_id;
-    if (!other_current && !has_image && empty(*newest) && granted.layer == 0) return keep_unclaimed(granted);
-    if (other_state != PageState::kOk) {
-      uint32_t low = kNoChunk;
-      uint32_t high = 0;
-      for (const SlabEntry& entry : newest->entries) {
-        if (entry.logical_chunk == kNoChunk) continue;
-        low = std::min(low, entry.logical_chunk);
-        high = std::max(high, entry.logical_chunk);
-      }
-      tell(Code::kCorrupt, std::string("copy ") + "BA"[copies.newest] + " of the page of " + slab_name + " (byte " +
-                               std::to_string(address + (copies.newest == 0 ? kPageSize : 0)) + " of the pool) " +
-                               page_state_text(other_state) + "; the other copy serves" +
-                               (low == kNoChunk ? std::string()
-                                                : ". It maps parts of bytes " +
-                                                      std::to_string(uint64_t{low} * format::kChunkSize) + " to " +
-                                                      std::to_string((uint64_t{high} + 1) * format::kChunkSize) +
-                                                      " of the volume"));
-    }
-    load(granted, *newest, copies, other_current ? &other : nullptr,
-         has_image ? &environment_.arena->image(image->second.slot) : nullptr,
-         has_image ? image->second.slot : PageArena::kNone);
-  }
-
-  static bool empty(const SlabPage& page) {
-    if (page.hole_count > 0) return false;
-    return std::all_of(std::begin(page.entries), std::end(page.entries),
-                       [](const SlabEntry& entry) { return entry.logical_chunk == kNoChunk; });
-  }
-
-  void keep_unclaimed(const Granted& granted) {
-    if (granted.layer != 0 || spec_.read_only) return;
-    if (granted.claim != PageArena::kNone) {
-      environment_.arena->set_claim_state(granted.claim, PageArena::ClaimState::kClaiming);
-    }
-    volume_->unclaimed_.push_back({{granted.slab, granted.generation}, granted.claim});
-  }
-
-  // Entries that make no sense although the page's check is right were never written by a correct engine.
-  std::string nonsense(const SlabPage& page, bool image) const {
-    const uint64_t chunks = (volume_->size_bytes_ + format::kChunkSize - 1) / format::kChunkSize;
-    if (page.hole_count > format::kHolesPerSlab) return "counts more holes than it can hold";
-    for (const SlabEntry& entry : page.entries) {
-      if (entry.logical_chunk == kNoChunk) {
-        if ((entry.data | entry.zero) != 0) return "has blocks in a free chunk";
-        continue;
-      }
-      if (entry.logical_chunk >= chunks) return "maps chunk " + std::to_string(entry.logical_chunk) + ", past the volume's end";
-      if ((entry.data & entry.zero) != 0) return "has blocks that are both data and zeros";
-      if (!image && (entry.data | entry.zero) == 0) return "maps chunk " + std::to_string(entry.logical_chunk) + " without any block";
-    }
-    return {};
-  }
-
-  void load(const Granted& granted, const SlabPage& disk, const Copies& copies, const SlabPage* older,
-            const SlabPage* image, uint32_t slot) {
-    VolumeImpl& volume = *volume_;
-    const SlabPage& page = image != nullptr ? *image : disk;
-    if (std::string why = nonsense(page, image != nullptr); !why.empty()) {
-      return fail(Code::kCorrupt, "the page of slab " + std::to_string(granted.slab) + " " + why +
-                                      ". Run `holdfast pool check`");
-    }
-    const uint32_t index = volume.slabs_.add();
-    Slab& slab = volume.slabs_[index];
-    slab.number = granted.slab;
-    slab.generation = granted.generation;
-    slab.layer = static_cast<uint8_t>(granted.layer);
-    slab.claim = granted.claim;
-    slab.newest = static_cast<uint8_t>(copies.newest) & 1;
-    slab.sequence = disk.header.sequence;
-    slab.unequal = !copies.equal;
-    volume.flush_number_ = std::max(volume.flush_number_, disk.header.sequence);
-    if (older != nullptr) volume.flush_number_ = std::max(volume.flush_number_, older->header.sequence);
-    volume.slabs_.load(index, page.entries);
-
-    VolumeImpl::Layer& layer = volume.layers_[granted.layer];
-    for (const SlabEntry& entry : page.entries) layer.map.prefetch(entry.logical_chunk);
-    uint32_t run_first = kNoChunk;
-    uint32_t run_place = 0;
-    uint32_t run_length = 0;
-    const auto put = [&] {
-      if (run_length > 0) layer.map.set_run(run_first, run_length, run_place);
-      run_length = 0;
-    };
-    for (uint32_t c = 0; c < kChunksPerSlab; c++) {
-      const SlabEntry& entry = page.entries[c];
-      if (entry.logical_chunk == kNoChunk) continue;
-      volume.data_chunks_ += entry.data != 0;
-      const uint32_t chunk = entry.logical_chunk;
-      const bool follows = run_length > 0 && chunk == run_first + run_length && (index << 8 | c) == run_place + run_length;
-      if (!follows) put();
-      const Place taken = layer.map.find(chunk);
-      if (taken != kNoPlace) {
-        put();
-        twice_.push_back({granted.layer, chunk, taken >> 8, index});
-        continue;
-      }
-      if (run_length == 0) {
-        run_first = chunk;
-        run_place = index << 8 | c;
-      }
-      run_length++;
-    }
-    put();
-    if (page.hole_count > 0) {
-      slab.holes = 1;
-      auto& holes = volume.slab_holes_[index];
-      holes.assign(page.holes, page.holes + page.hole_count);
-      for (const format::HoleRange& hole : holes) layer.holes.add(hole.start, uint64_t{hole.start} + hole.length);
-    }
-    if (granted.layer != 0 || spec_.read_only) return;
-    if (granted.claim != PageArena::kNone) volume.notices_.push_back({true, layer.id, slab.number, slab.generation});
-    // Chunks that are free now, but that a copy on the disk still maps, are not to be used before that copy is gone.
-    const auto still_maps = [&](const SlabPage* copy) {
-      if (copy == nullptr) return false;
-      for (uint32_t c = 0; c < kChunksPerSlab; c++) {
-        if (copy->entries[c].logical_chunk != kNoChunk && page.entries[c].logical_chunk == kNoChunk) return true;
-      }
-      return false;
-    };
-    slab.unsettled = image != nullptr && still_maps(&disk) ? 2 : still_maps(older) ? 1 : 0;
-    if (slab.unsettled > 0) {
-      volume.unsettled_++;
-    } else if (volume.usable_free(slab) > 0) {
-      volume.list_slab(index);
-    }
-    if (image != nullptr) adopt_image(index, slot);
-  }
-
-  // An image without a slab of ours must not be left to haunt the arena; one with a slab is dirty by definition.
-  void adopt_image(uint32_t index, uint32_t slot) {
-    VolumeImpl& volume = *volume_;
-    volume.slabs_.plain(index);
-    if (volume.hot_size_ % VolumeImpl::kHotBlock == 0) {
-      volume.hot_blocks_.push_back(std::make_unique<HotSlab[]>(VolumeImpl::kHotBlock));
-    }
-    const uint32_t at = volume.hot_size_++;
-    volume.hot_live_++;
-    HotSlab& one = volume.hot(at);
-    one = HotSlab{};
-    one.slab = index;
-    one.slot = slot;
-    volume.slabs_[index].hot = at;
-    volume.mark_dirty(one);
-    images_.erase(volume.slabs_[index].number);
-  }
-
-  // ---- everything has been read
-
-  void have_pages() {
-    if (!failure_.ok()) return refuse(failure_.code, std::move(failure_.message));
-    if (!bad_slabs_.empty()) return refuse(Code::kCorrupt, bad_slabs_text());
-    if (!settle_twice()) return refuse(failure_.code, std::move(failure_.message));
-    for (const auto& [slab, image] : images_) environment_.arena->release(image.slot);
-    images_.clear();
-    granted_.clear();
-    granted_.shrink_to_fit();
-    spec_.layers.clear();
-    if (spec_.read_only) return serve();
-    environment_.arena->raise_flush_number(volume_->flush_number_);
-    // What a killed engine had acknowledged may be in the device's cache only: a first flush before anything is served.
-    if (!taking_over_) return serve();
-    volume_->state_ = VolumeImpl::State::kOpen;
-    first_flush_.home = home_;
-    first_flush_.user = this;
-    first_flush_.done = [](FlushWaiter* waiter, int error) {
-      static_cast<VolumeOpener*>(waiter->user)->first_flush_done(error);
-    };
-    std::unique_lock lock(volume_->mu_);
-    volume_->request_flush(&first_flush_);
-    volume_->unlock(lock);
-  }
-  void first_flush_done(int error) {
-    if (error != 0) {
-      // Everything is still dirty, in the arena too, and the next flush tries again: the volume may serve.
-      std::unique_lock lock(volume_->mu_);
-      tell(Code::kIo, "the first flush after taking over failed; it is tried again with the next one");
-      lock.unlock();
-    }
-    serve();
-  }
-  void serve() {
-    volume_->state_ = VolumeImpl::State::kOpen;
-    for (LayerSpec& layer : volume_->spec_.layers) {
-      layer.slabs.clear();
-      layer.slabs.shrink_to_fit();
-    }
-    end({});
-  }
-
-  std::string bad_slabs_text() const {
-    std::string text = "both copies of the page of ";
-    for (size_t i = 0; i < bad_slabs_.size() && i < kNamed; i++) text += (i > 0 ? ", " : "") + bad_slabs_[i];
-    if (bad_slabs_.size() > kNamed) text += " and " + std::to_string(bad_slabs_.size() - kNamed) + " more";
-    // The logical range: what no other slab accounts for.
-    const auto chunks = static_cast<uint32_t>((volume_->size_bytes_ + format::kChunkSize - 1) / format::kChunkSize);
-    uint32_t low = kNoChunk;
-    uint32_t high = 0;
-    for (uint32_t c = 0; c < chunks;) {
-      uint32_t mapped = chunks;
-      for (const auto& layer : volume_->layers_) mapped = layer.map.next_mapped(c, mapped);
-      if (mapped > c) {
-        low = std::min(low, c);
-        high = mapped;
-        c = mapped;
-      }
-      while (c < chunks && volume_->layers_[0].map.find(c) != kNoPlace) c++;
-      if (c < chunks && mapped == c) c++;  // mapped by an older layer only
-    }
-    text += " are damaged";
-    if (low != kNoChunk) {
-      text += "; what it maps lies within bytes " + std::to_string(uint64_t{low} * format::kChunkSize) + " to " +
-              std::to_string(uint64_t{high} * format::kChunkSize) + " of the volume, where no other slab has them";
-    }
-    return text + ". It is not served as empty; restore it from a backup, or run `holdfast pool check`";
-  }
-
-  // A chunk in two slabs of one layer can only come from a page copy that should have been superseded: the page with
-  // the higher flush number is right. Equal numbers can't be told apart.
-  bool settle_twice() {
-    for (const Twice& twice : twice_) {
-      VolumeImpl& volume = *volume_;
-      const Slab& a = volume.slabs_[twice.slab_a];
-      const Slab& b = volume.slabs_[twice.slab_b];
-      const std::string what = "chunk " + std::to_string(twice.chunk) + " (byte " +
-                               std::to_string(uint64_t{twice.chunk} * format::kChunkSize) +
-                               " of the volume) is mapped by slab " + std::to_string(a.number) + " and by slab " +
-                               std::to_string(b.number);
-      if (a.sequence == b.sequence || spec_.read_only || twice.layer != 0) {
-        fail(Code::kCorrupt, what + ". Run `holdfast pool check`");
-        return false;
-      }
-      const uint32_t loser = a.sequence < b.sequence ? twice.slab_a : twice.slab_b;
-      const uint32_t winner = loser == twice.slab_a ? twice.slab_b : twice.slab_a;
-      const uint32_t loser_at = entry_of(loser, twice.chunk);
-      const uint32_t winner_at = entry_of(winner, twice.chunk);
-      auto& map = volume.layers_[0].map;
-      map.erase(twice.chunk);
-      HotSlab* image = volume.ensure_hot(loser);
-      if (image == nullptr) {
-        fail(Code::kUnavailable, "there is no room for the page images that its repair needs");
-        return false;
-      }
-      volume.set_entry(loser, loser_at, kFreeEntry);
-      volume.mark_dirty(*image);
-      map.set(twice.chunk, winner << 8 | winner_at);
-      // The chunk is free once both copies have lost it: as after any other crash.
-      Slab& slab = volume.slabs_[loser];
-      if (slab.listed) volume.unlist_slab(loser);
-      slab.free_chunks++;
-      if (slab.unsettled == 0) volume.unsettled_++;
-      slab.unsettled = 2;
-      tell(Code::kCorrupt, what + "; the one in slab " + std::to_string(volume.slabs_[winner].number) +
-                               " is newer and serves");
-    }
-    return true;
-  }
-  uint32_t entry_of(uint32_t slab, uint32_t chunk) const {
-    for (uint32_t c = 0; c < kChunksPerSlab; c++) {
-      if (volume_->slabs_.entry(slab, c).logical_chunk == chunk) return c;
-    }
-    HF_ASSERT(!"the slab that a chunk was found in has it");
-    return 0;
-  }
-
-  struct EndTask : Task {
-    VolumeOpener* opener = nullptr;
   };
+  home_->post(&task_);
+}
 
-  const VolumeEnvironment environment_;
-  const format::Superblock& superblock_;
-  VolumeSpec spec_;
-  const bool taking_over_;
-  Volume::Opened opened_;
-  Executor* home_;
-  std::string name_;
-  std::unique_ptr<VolumeImpl> volume_;
+// ---- the grant
 
-  PageBuffer pages_{2 * kPageSize};
-  IoRequest io_;
-  iovec iov_{};
-  void (VolumeOpener::*then_)(int) = nullptr;
-  uint32_t outstanding_ = 0;
-  uint32_t layer_copy_ = 0;
-  int record_error_ = 0;
-  void (VolumeOpener::*step_)() = nullptr;
-  EndTask step_task_;
-  EndTask task_;
+std::string VolumeOpener::bad_spec() const {
+  if (spec_.volume_id == 0 || spec_.layers.empty() || spec_.layers.size() > 250)
+    return "the grant names no usable chain of layers";
+  if (spec_.size_bytes == 0 || spec_.size_bytes % format::kBlockSize != 0 ||
+      spec_.size_bytes > format::kMaxVolumeBytes) {
+    return "its size of " + std::to_string(spec_.size_bytes) + " bytes is outside what the format allows";
+  }
+  if (spec_.slot >= superblock_.volume_slots) return "its record slot lies outside the pool's table";
+  for (const LayerSpec& layer : spec_.layers) {
+    if (layer.layer_id == 0) return "the grant has a layer without an id";
+    for (const SlabRun& run : layer.slabs) {
+      if (run.count == 0 || run.first + run.count > superblock_.slab_count) {
+        return "the grant has slabs outside the pool (" + std::to_string(run.first) + " and on)";
+      }
+    }
+  }
+  if (spec_.read_only) return {};
+  if (spec_.layers[0].frozen) return "its top layer is frozen, it can only be opened read-only";
+  if (spec_.layers[0].slot >= superblock_.layer_slots) return "its layer's record slot lies outside the pool's table";
+  const PageArena* arena = environment_.arena;
+  if (arena == nullptr || environment_.stock == nullptr) return "no page arena or no slab stock was given";
+  if (arena->volume_id() != spec_.volume_id || arena->epoch() != spec_.epoch) {
+    return "the page images given are of volume " + std::to_string(arena->volume_id()) + ", epoch " +
+           std::to_string(arena->epoch()) + "; the grant is of epoch " + std::to_string(spec_.epoch);
+  }
+  if (!taking_over_ && (arena->claim_count() > 0 || !arena->images().empty())) {
+    return "page images of an earlier engine are there, but it is not taken over from";
+  }
+  return {};
+}
 
-  std::vector<Granted> granted_;
-  std::map<uint64_t, uint64_t> returned_;
-  std::map<uint64_t, PageArena::Image> images_;
-  Read reads_[kReads];
-  size_t next_ = 0;
-  std::vector<std::string> bad_slabs_;
-  std::vector<Twice> twice_;
-  FlushWaiter first_flush_;
-  Status failure_;
-  Status result_;
-};
+void VolumeOpener::begin() {
+  if (std::string why = bad_spec(); !why.empty()) return refuse(Code::kInvalidArgument, std::move(why));
+  volume_ = std::make_unique<VolumeImpl>(environment_, spec_);
+  volume_->record_page_ = std::make_unique<PageBuffer>(kPageSize);
+  volume_->scratch_page_ = std::make_unique<PageBuffer>(kPageSize);
+  for (const LayerSpec& layer : spec_.layers) {
+    volume_->layers_.emplace_back();
+    volume_->layers_.back().id = layer.layer_id;
+  }
+  read_pair(superblock_.volume_table_offset + uint64_t{spec_.slot} * 2 * kPageSize, &VolumeOpener::have_record);
+}
+
+// ---- one I/O at a time: records
+
+void VolumeOpener::submit(IoOp op, uint64_t offset, uint32_t pages, size_t at, void (VolumeOpener::*then)(int)) {
+  then_ = then;
+  iov_ = {pages_.data() + at, size_t{pages} * kPageSize};
+  io_.op = op;
+  io_.fua = op == IoOp::kWrite;
+  io_.offset = op == IoOp::kFlush ? 0 : offset;
+  io_.length = op == IoOp::kFlush ? 0 : iov_.iov_len;
+  io_.iov = op == IoOp::kFlush ? nullptr : &iov_;
+  io_.iov_count = op == IoOp::kFlush ? 0 : 1;
+  io_.user = this;
+  io_.done = [](IoRequest* request, int error) {
+    auto* self = static_cast<VolumeOpener*>(request->user);
+    self->outstanding_--;
+    (self->*self->then_)(error);
+  };
+  outstanding_++;
+  environment_.device->submit(&io_);
+}
+
+std::string VolumeOpener::errno_text(int error) const {
+  return "(errno " + std::to_string(error) + ": " + std::strerror(error) + ")";
+}
+
+void VolumeOpener::have_record(int error) {
+  if (error != 0)
+    return refuse(Code::kIo, "its record can't be read " + errno_text(error) + "; check the pool's device");
+  const uint64_t address = superblock_.volume_table_offset + uint64_t{spec_.slot} * 2 * kPageSize;
+  const auto& a = pages_.at<VolumeRecord>(0);
+  const auto& b = pages_.at<VolumeRecord>(kPageSize);
+  const Copies copies = choose_record(a, b, environment_.pool, address);
+  if (copies.bad()) {
+    return refuse(Code::kCorrupt, std::string("both copies of its record are damaged: copy A ") +
+                                      page_state_text(copies.state[0]) + ", copy B " +
+                                      page_state_text(copies.state[1]) +
+                                      "; which epoch it is at can't be known. Run `holdfast pool check`");
+  }
+  if (copies.degraded()) {
+    const int damaged = 1 - copies.newest;
+    tell(Code::kCorrupt, std::string("copy ") + "AB"[damaged] + " of its record (byte " +
+                             std::to_string(address + uint64_t(damaged) * kPageSize) + " of the pool) " +
+                             page_state_text(copies.state[damaged]) + "; the other copy serves");
+  }
+  bool fresh = true;
+  VolumeRecord& record = volume_->record_;
+  if (copies.valid()) {
+    record = copies.newest == 0 ? a : b;
+    volume_->record_newest_ = copies.newest;
+    fresh = record.volume_id == 0 || record.state == VolumeState::kFree ||
+            (record.volume_id != spec_.volume_id && record.state == VolumeState::kDeleted);
+  } else {
+    volume_->record_newest_ = 1;
+  }
+  if (spec_.read_only) {
+    if (!fresh && record.volume_id == spec_.volume_id && record.epoch > spec_.epoch) {
+      return refuse(Code::kStale, "its record is of epoch " + std::to_string(record.epoch) +
+                                      ", newer than the grant's " + std::to_string(spec_.epoch));
+    }
+    return plan_reads();
+  }
+  if (fresh) return first_open();
+  if (record.volume_id != spec_.volume_id) {
+    return refuse(Code::kStale, "its record slot belongs to volume " + std::to_string(record.volume_id) +
+                                    "; the grant is out of date");
+  }
+  if (record.state == VolumeState::kDeleted) return refuse(Code::kNotFound, "it has been deleted");
+  if (record.fenced != 0) {
+    return refuse(Code::kFenced, "it is fenced, and a fenced volume is never reopened by itself");
+  }
+  const bool same_holder =
+      record.epoch == spec_.epoch && record.host_id == spec_.host_id && record.generation == spec_.generation;
+  if (record.epoch > spec_.epoch || (record.epoch == spec_.epoch && !(taking_over_ && same_holder))) {
+    return refuse(Code::kStale, "its record is of epoch " + std::to_string(record.epoch) + " (host " +
+                                    std::to_string(record.host_id) + ", generation " +
+                                    std::to_string(record.generation) + "), the grant of epoch " +
+                                    std::to_string(spec_.epoch) + "; ask for a new grant");
+  }
+  if (record.top_layer_id != spec_.layers[0].layer_id) {
+    return refuse(Code::kStale, "its record names layer " + std::to_string(record.top_layer_id) +
+                                    " as the top, the grant layer " + std::to_string(spec_.layers[0].layer_id) +
+                                    "; the metadata service must read the record first");
+  }
+  // Volumes never shrink: a growth that is durable counts, whoever knows of it.
+  volume_->size_bytes_ = std::max(record.size_bytes, spec_.size_bytes);
+  write_record();
+}
+
+// A slot never used, or whose former volume is gone: the layer's record first, then the whole volume record.
+void VolumeOpener::first_open() {
+  const uint64_t sequence = volume_->record_.header.sequence;
+  volume_->record_ = VolumeRecord{};
+  VolumeRecord& record = volume_->record_;
+  record.header.sequence = sequence;
+  record.volume_id = spec_.volume_id;
+  record.logical_sector_size = format::kBlockSize;
+  record.top_layer_id = spec_.layers[0].layer_id;
+  record.uuid = spec_.uuid;
+  if (!set_field(record.name, spec_.name) || spec_.parameters_json.size() > sizeof record.parameters) {
+    return refuse(Code::kInvalidArgument, "its name or its parameters do not fit its record (at most " +
+                                              std::to_string(sizeof record.name) + " and " +
+                                              std::to_string(sizeof record.parameters) + " bytes)");
+  }
+  std::memcpy(record.parameters, spec_.parameters_json.data(), spec_.parameters_json.size());
+  record.parameters_length = static_cast<uint32_t>(spec_.parameters_json.size());
+  volume_->size_bytes_ = spec_.size_bytes;
+  read_pair(layer_address(), &VolumeOpener::have_layer);
+}
+
+uint64_t VolumeOpener::layer_address() const {
+  return superblock_.layer_table_offset + uint64_t{spec_.layers[0].slot} * 2 * kPageSize;
+}
+
+void VolumeOpener::have_layer(int error) {
+  if (error != 0) return refuse(Code::kIo, "its layer's record can't be read " + errno_text(error));
+  const auto& a = pages_.at<LayerRecord>(0);
+  const auto& b = pages_.at<LayerRecord>(kPageSize);
+  const Copies copies = choose_record(a, b, environment_.pool, layer_address());
+  if (copies.bad()) {
+    return refuse(Code::kCorrupt, "both copies of its layer's record are damaged. Run `holdfast pool check`");
+  }
+  const LayerSpec& top = spec_.layers[0];
+  uint64_t sequence = 0;
+  if (copies.valid()) {
+    const LayerRecord& found = copies.newest == 0 ? a : b;
+    sequence = found.header.sequence;
+    if (found.layer_id != 0 && found.layer_id != top.layer_id && found.state != LayerState::kFree &&
+        found.state != LayerState::kDeleted) {
+      return refuse(Code::kStale, "the record slot of its layer belongs to layer " + std::to_string(found.layer_id));
+    }
+  }
+  layer_copy_ = copies.valid() ? static_cast<uint32_t>(1 - copies.newest) : 0;
+  LayerRecord record{};
+  record.layer_id = top.layer_id;
+  record.parent_layer_id = top.parent_layer_id;
+  record.volume_id = spec_.volume_id;
+  record.size_bytes = spec_.size_bytes;
+  record.birth = top.birth;
+  record.state = LayerState::kWritable;
+  for (uint32_t copy = 0; copy < 2; copy++) {
+    auto& page = pages_.at<LayerRecord>(size_t{copy} * kPageSize);
+    page = record;
+    seal(page, environment_.pool, layer_address() + uint64_t{copy} * kPageSize, sequence + 1);
+  }
+  write_layer(&VolumeOpener::layer_half_written);
+}
+
+void VolumeOpener::write_layer(void (VolumeOpener::*then)(int)) {
+  submit(IoOp::kWrite, layer_address() + uint64_t{layer_copy_} * kPageSize, 1, size_t{layer_copy_} * kPageSize, then);
+}
+
+void VolumeOpener::layer_half_written(int error) {
+  if (error != 0) return refuse(Code::kIo, "its layer's record can't be written " + errno_text(error));
+  layer_copy_ = 1 - layer_copy_;
+  write_layer(&VolumeOpener::layer_written);
+}
+
+void VolumeOpener::layer_written(int error) {
+  if (error != 0) return refuse(Code::kIo, "its layer's record can't be written " + errno_text(error));
+  write_record();
+}
+
+// {epoch, host, generation, open} durable before anything else is read as ours or written.
+void VolumeOpener::write_record() {
+  VolumeRecord& record = volume_->record_;
+  record.header.flags = 0;
+  record.state = VolumeState::kOpen;
+  record.size_bytes = volume_->size_bytes_;
+  record.epoch = spec_.epoch;
+  record.host_id = spec_.host_id;
+  record.generation = spec_.generation;
+  volume_->flush_number_ = record.flush_number;
+  if (volume_->record_newest_ != 0 && volume_->record_newest_ != 1) volume_->record_newest_ = 0;
+  std::unique_lock lock(volume_->mu_);
+  volume_->control_.kind = VolumeImpl::Control::Kind::kGrow;  // nobody else's
+  volume_->opener_ = this;
+  volume_->write_record([](VolumeImpl* self, int error) {
+    self->control_ = VolumeImpl::Control{};
+    self->opener_->record_error_ = error;
+    self->opener_->post_step(&VolumeOpener::record_written);
+  });
+  lock.unlock();
+}
+
+// The volume's own callbacks run under its lock: go on outside.
+void VolumeOpener::post_step(void (VolumeOpener::*step)()) {
+  step_ = step;
+  step_task_.opener = this;
+  step_task_.run = [](Task* task) {
+    VolumeOpener* self = static_cast<EndTask*>(task)->opener;
+    (self->*self->step_)();
+  };
+  home_->post(&step_task_);
+}
+
+void VolumeOpener::record_written() {
+  if (record_error_ != 0) {
+    return refuse(Code::kIo, "its record can't be written " + errno_text(record_error_) + "; check the pool's device");
+  }
+  plan_reads();
+}
 
 void Volume::open(const VolumeEnvironment& environment, const VolumeSpec& spec, bool taking_over, Opened opened) {
   VolumeOpener::start(environment, spec, taking_over, std::move(opened));

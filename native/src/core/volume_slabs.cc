@@ -67,7 +67,9 @@ void VolumeImpl::want_slab() {
     claim_.directory = unclaimed_.back().directory;
     unclaimed_.pop_back();
   } else {
-    const uint64_t near = current_ != kNoIndex ? slabs_[current_].number : slabs_.size() > 0 ? slabs_[slabs_.size() - 1].number : 0;
+    const uint64_t near = current_ != kNoIndex ? slabs_[current_].number
+                          : slabs_.size() > 0  ? slabs_[slabs_.size() - 1].number
+                                               : 0;
     if (!environment_.stock->take(near, &claim_.slab, &stock_task_, Executor::current())) {
       stock_waiting_ = true;
       arm_full_timer();
@@ -196,6 +198,7 @@ void VolumeImpl::claim_step(int error) {
   slab.sequence = claim_.pages->at<SlabPage>().header.sequence;
   slab.claim = claim_.directory;
   slab.ours = 1;
+  top_slabs_++;
   list_slab(index);
   notices_.push_back({true, layers_[0].id, slab.number, slab.generation});
   if (slab_waiters_ != nullptr) wake(slab_waiters_, slab_waiters_tail_);
@@ -344,6 +347,7 @@ void VolumeImpl::release_step(int error) {
   HF_ASSERT(slab.state == SlabState::kReleasing && slab.free_chunks == kChunksPerSlab);
   const bool writing = release_.stage != Release::Stage::kDiscard;
   const auto stop = [&] {
+    top_slabs_--;
     slabs_.remove(index);
     release_.stage = Release::Stage::kIdle;
     if (state_ == State::kOpen) start_release();
