@@ -25,41 +25,6 @@ afterEach(async () => {
 const info = (client: InstanceType<typeof holdfast.Metadata>): Promise<ServiceInfo__Output> =>
   call(client, client.GetServiceInfo, {}, { timeoutMs: 5000 });
 
-/** Milliseconds of processor time that the body used, client and service together: other work on the machine is not in it. */
-async function processorMs(body: () => Promise<unknown>): Promise<number> {
-  const before = process.cpuUsage();
-  await body();
-  const { user, system } = process.cpuUsage(before);
-  return (user + system) / 1000;
-}
-
-describe('speed', () => {
-  // Eight callers at once wait for each other at most: 8 x 5 ms and one shared fsync stay below 50 ms. `make bench` measures
-  // the waiting itself, on a machine that does nothing else.
-  it('on SQLite a CreateVolume takes less than 5 ms of processor time, and a list of 100 volumes less than 50', async () => {
-    cluster = await Cluster.start({ store: `sqlite:${directory}/speed.db` });
-    const c = cluster;
-    const disk = Object.assign(new FakeDisk(), { slabCount: 6_553_600, volumeSlots: 4096, layerSlots: 8192 });
-    await c.node('node-1', [disk]);
-    const create = (clients: number, each: number): Promise<number> =>
-      processorMs(() =>
-        Promise.all(
-          Array.from({ length: clients }, async () => {
-            for (let n = 0; n < each; n++) await c.create(randomUUID());
-          }),
-        ),
-      );
-    await create(8, 10);
-    expect((await create(8, 40)) / 320).toBeLessThan(5);
-    await c.rpc('ListVolumes', { max_entries: 100 });
-    const list = await processorMs(async () => {
-      const { volumes } = await c.rpc<{ volumes: unknown[] }>('ListVolumes', { max_entries: 100 });
-      expect(volumes).toHaveLength(100);
-    });
-    expect(list).toBeLessThan(50);
-  }, 60_000);
-});
-
 describe('HTTP', () => {
   it('serves metrics and health, and nothing else', async () => {
     const service = await startMetadataService({
