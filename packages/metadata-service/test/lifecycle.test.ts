@@ -3,11 +3,12 @@ import { randomUUID } from 'node:crypto';
 import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { afterEach, describe, expect, it } from 'vitest';
+import { afterAll, afterEach, describe, expect, it } from 'vitest';
 import { Cluster } from './cluster.ts';
 import { FakeDisk } from './fake-agent.ts';
 
-const directory = mkdtempSync(join(tmpdir(), 'holdfast-metadata-'));
+const directory = mkdtempSync(join(tmpdir(), 'holdfast-lifecycle-'));
+afterAll(() => rmSync(directory, { recursive: true, force: true }));
 let cluster: Cluster | undefined;
 afterEach(async () => {
   await cluster?.stop();
@@ -108,5 +109,3 @@ describe.each(['memory', 'sqlite'] as const)('on the %s store', (kind) => {
     ]);
   });
 });
-
-process.on('exit', () => rmSync(directory, { recursive: true, force: true }));
