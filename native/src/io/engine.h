@@ -99,6 +99,7 @@ class EngineVolume : public std::enable_shared_from_this<EngineVolume> {
   void drop_volume_after_abort();
   void stop_session();
   void drop_session();
+  void release_memory();
   bool still_ours(Status* held);   // after a lease gap
   Status let_go(unsigned timeout_ms);
   Worker& home() const;

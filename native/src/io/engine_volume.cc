@@ -445,10 +445,7 @@ Status EngineVolume::close() {
 Status EngineVolume::finish() {
   drop_session();
   Status dropped = pool_->engine_->keeper_->drop(entry_name());
-  {
-    std::lock_guard lock(state_mutex_);
-    state_ = State::kGone;
-  }
+  release_memory();
   pool_->remove(this);
   return dropped;
 }
@@ -537,9 +534,18 @@ Status EngineVolume::let_go(unsigned timeout_ms) {
   // The keeper's entry stays, and must not end with this engine's connection.
   [[maybe_unused]] Status noted = pool_->engine_->keeper_->update(entry_name(), export_blob(), 0);
   drop_session();
-  std::lock_guard lock(state_mutex_);
-  state_ = State::kGone;
+  release_memory();
   return {};
+}
+
+// Gone: what a JS object may still point to for a while holds no descriptor and no page images any more.
+void EngineVolume::release_memory() {
+  std::lock_guard lock(state_mutex_);
+  HF_ASSERT(volume_ == nullptr);
+  state_ = State::kGone;
+  arena_.reset();
+  arena_memory_.reset();
+  spec_memory_.reset();
 }
 
 void EngineVolume::drop_volume_after_abort() {

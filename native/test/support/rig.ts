@@ -28,6 +28,12 @@ const buildDir = process.env['HOLDFAST_NATIVE']
   ? fileURLToPath(new URL('.', `file://${process.env['HOLDFAST_NATIVE']}`))
   : fileURLToPath(new URL('../../build/Release/', import.meta.url));
 const keeperBinary = process.env['HOLDFAST_KEEPER'] ?? `${buildDir}holdfast-keeper`;
+// Another build for the engine processes alone: ThreadSanitizer's runtime does not bear being preloaded everywhere.
+const engineEnv: Record<string, string> = {};
+if (process.env['HOLDFAST_ENGINE_NATIVE'] !== undefined) {
+  engineEnv['HOLDFAST_NATIVE'] = process.env['HOLDFAST_ENGINE_NATIVE'];
+  engineEnv['LD_PRELOAD'] = process.env['HOLDFAST_ENGINE_PRELOAD'] ?? '';
+}
 const script = (name: string): string => fileURLToPath(new URL(name, import.meta.url));
 
 export interface Described {
@@ -63,7 +69,7 @@ export class EngineProcess {
   private constructor(area: TestArea, child: string, nodeArgs: string[]) {
     this.#child = fork(script(child), {
       serialization: 'advanced',
-      env: { ...process.env, [AREA_MARK]: area.dir },
+      env: { ...process.env, ...engineEnv, [AREA_MARK]: area.dir },
       execArgv: nodeArgs,
       stdio: ['ignore', 'inherit', 'inherit', 'ipc'],
     });
