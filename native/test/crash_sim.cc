@@ -867,7 +867,7 @@ struct World final : VolumeObserver {
     const uint64_t lazy = random.below(900);
     const uint64_t crash_chance = 4 + random.below(25);
     const uint64_t kill_share = random.below(1000);
-    error_chance = random.chance(300) ? 5 + random.below(60) : 0;
+    error_chance = random.chance(300) ? 5 + random.below(random.chance(300) ? 250 : 60) : 0;
     const uint64_t count = 1 + random.below(3);
     for (uint64_t s = 0; s < slab_total; s++) slabs[s] = {};
     for (uint64_t v = 1; v <= count; v++) make_volume(v);
@@ -886,6 +886,14 @@ struct World final : VolumeObserver {
         errors_on = !errors_on;
         disk.set_errors(errors_on ? static_cast<uint32_t>(error_chance) : 0);
         log("disk errors %s", errors_on ? "on" : "off");
+        if (!errors_on && random.chance(500)) {
+          // What a failed flush left half written, met by the next flush and a cut in the middle of it.
+          for (SimVolume* one : in_state(SimVolume::State::kOpen)) start(*one, VolumeOp::kFlush, 0, 0, false);
+          for (uint64_t steps = random.below(60); steps > 0 && step(); steps--) {
+          }
+          cut_power();
+          continue;
+        }
       }
       if (random.chance(static_cast<uint32_t>(crash_chance))) {
         if (random.below(1000) < kill_share) kill_engine();
