@@ -1,0 +1,66 @@
+// Writes docs/benchmarks.md from bench/results/latest.json: node bench/report.mjs
+import { readFileSync, writeFileSync } from 'node:fs';
+
+const at = (path) => new URL(path, import.meta.url);
+const r = JSON.parse(readFileSync(at('results/latest.json'), 'utf8'));
+const n = (value, digits = 0) =>
+  value.toLocaleString('en-US', { maximumFractionDigits: digits, minimumFractionDigits: digits });
+const row = (cells) => `| ${cells.join(' | ')} |`;
+const goals = {
+  'randread-4k-qd1': 0.45,
+  'randread-4k-qd32': 0.65,
+  'randwrite-4k-qd1': 0.45,
+  'randwrite-4k-qd32': 0.6,
+  'read-128k-qd8': 0.7,
+  'write-128k-qd8': 0.7,
+  'randwrite-4k-fsync': 0.55,
+};
+const freshGoals = { 'sequential-1m': 0.7, 'random-4k': 0.5 };
+const verdict = (value, goal) => (goal === undefined ? '' : value >= goal ? `≥ ${goal}: met` : `≥ ${goal}: **missed**`);
+const below = (value, goal, unit) => (value < goal ? `< ${goal} ${unit}: met` : `< ${goal} ${unit}: **missed**`);
+
+const lines = [
+  '# Benchmarks',
+  '',
+  'Made from `bench/results/latest.json` by `node bench/report.mjs`; the figures by `make bench`. Each workload runs on the raw loop disk, on a written',
+  'Holdfast volume and on qemu-storage-daemon (qcow2 with preallocated metadata, FUSE export, loop on top), one after the other, round by',
+  `round (${r.settings.rounds} rounds of ${r.settings.seconds} s, volumes of ${r.settings.volume_gib} GiB); the table has medians. Ratios count more than figures: the machine`,
+  'is a small shared one, and its disk is noisy.',
+  '',
+  `Machine: ${r.machine.cores} cores (${r.machine.cpu}), ${r.machine.memory_gib} GiB, kernel ${r.machine.kernel.replace(/-.*/, '')}, Node ${r.machine.node}, ${r.machine.fio}; ` +
+    `peer: ${r.machine.qsd ?? 'not measured'}. ${r.date}.`,
+  '',
+  '## Reading and writing',
+  '',
+  row(['workload', 'raw IOPS', 'Holdfast', 'qemu-storage-daemon', 'of raw', 'goal', 'of qsd']),
+  row(['---', '--:', '--:', '--:', '--:', '---', '--:']),
+  ...(r.fio ?? []).map((f) =>
+    row([f.workload, n(f.raw.iops), n(f.holdfast.iops), f.qsd ? n(f.qsd.iops) : '-', n(f.ratio_raw, 2), verdict(f.ratio_raw, goals[f.workload]), f.ratio_qsd ? n(f.ratio_qsd, 2) : '-']),
+  ),
+  '',
+];
+if (r.fresh) {
+  lines.push('## First writes to a fresh thin volume', '', row(['workload', 'first write IOPS', 'rewrite IOPS', 'ratio', 'goal']),
+    row(['---', '--:', '--:', '--:', '---']),
+    ...r.fresh.map((f) => row([f.workload, n(f.first.iops), n(f.rewrite.iops), n(f.ratio, 2), verdict(f.ratio, freshGoals[f.workload])])), '');
+}
+if (r.control) {
+  const c = r.control;
+  lines.push('## Control plane', '', row(['call', 'per second', 'p50 ms', 'p99 ms', 'goal']), row(['---', '--:', '--:', '--:', '---']),
+    row([`CreateVolume, ${c.clients} clients`, n(c.create.rate), n(c.create.p50_ms, 1), n(c.create.p99_ms, 1), below(c.create.p99_ms, 50, 'ms')]),
+    row([`DeleteVolume, ${c.clients} clients`, n(c.delete.rate), n(c.delete.p50_ms, 1), n(c.delete.p99_ms, 1), '']),
+    row(['ListVolumes, a page of 100', '', n(c.list_100.p50_ms, 1), n(c.list_100.p99_ms, 1), below(c.list_100.p50_ms, 50, 'ms')]),
+    row(['NodeStage and NodePublish (raw block)', '', n(c.attach_to_mounted.p50_ms, 1), `${n(c.attach_to_mounted.max_ms, 1)} (max)`, '']), '');
+}
+if (r.memory) {
+  const goal = { random: 400, sequential: 8 };
+  lines.push('## Memory and opening', '', 'Extrapolated to 1 TiB from a sparse volume; opening is the time of NodeStage beyond that of an empty volume.', '',
+    row(['mapping', 'mapped GiB', 'MiB per TiB', 'goal', 'open s per TiB', 'pages read at MiB/s']), row(['---', '--:', '--:', '---', '--:', '--:']),
+    ...Object.entries(r.memory).map(([name, m]) =>
+      row([name, n(m.mapped_gib, 1), n(m.mib_per_tib, 1), below(m.mib_per_tib, goal[name], 'MiB'), n(m.open_s_per_tib, 2), n(m.page_mib_per_s)])), '');
+}
+if (r.small_volumes) {
+  lines.push('## Small volumes', '',
+    `${r.small_volumes.count} volumes of 1 GiB with the first 8 MiB written cost ${n(r.small_volumes.mib_each, 1)} MiB of pool each (${below(r.small_volumes.mib_each, 24, 'MiB')}).`, '');
+}
+writeFileSync(at('../docs/benchmarks.md'), lines.join('\n'));
