@@ -192,6 +192,7 @@ Status EnginePool::join(bool taking_over) {
   }
   uring_ = std::make_unique<UringDevice>(fd_, sync_->size_bytes());
   gate_ = std::make_unique<PoolGate>([] { return boottime_ns(); });
+  uring_->set_gate(gate_.get());
   gated_ = std::make_unique<GatedSyncDevice>(*sync_, *gate_);
   if (stock_ == nullptr) {
     Result<std::unique_ptr<SharedMemory>> table = SharedMemory::create("holdfast-stock", Stock::kTableBytes);

@@ -32,6 +32,7 @@ struct UringDevice::State {
   uint64_t transferred;  // bytes, reads and writes
   iovec* rest;           // what a short transfer left, owned
   int discard_way;
+  bool recalled;         // its gate closed before the kernel had it
 };
 
 void UringDevice::submit(IoRequest* request) {
@@ -96,11 +97,17 @@ void UringDevice::prepare(State* state) {
       }
       break;
   }
+  if (state->device->gate_ != nullptr) Worker::current()->guard(sqe, state->device->gate_, &state->recalled);
 }
 
 void UringDevice::complete(Completion* completion, int result, uint32_t) {
   auto* state = reinterpret_cast<State*>(completion);
   IoRequest* request = state->request;
+  if (state->recalled) {  // held, like a request that meets a closed gate
+    state->recalled = false;
+    if (state->device->gate_->fenced()) return finish(state, EIO);
+    return prepare(state);
+  }
   if (result == -EINTR || result == -EAGAIN) {
     prepare(state);
     return;

@@ -5,6 +5,7 @@
 #include <atomic>
 
 #include "core/block_device.h"
+#include "core/gate.h"
 #include "core/status.h"
 
 namespace holdfast {
@@ -14,6 +15,8 @@ class UringDevice final : public BlockDevice {
  public:
   // Borrows `fd` (O_RDWR | O_DIRECT, a block device or a file), which must outlive every request.
   UringDevice(int fd, uint64_t size_bytes) : fd_(fd), size_bytes_(size_bytes) {}
+  // From now on the gate is looked at again right before a batch goes to the kernel. It must outlive every request.
+  void set_gate(const PoolGate* gate) { gate_ = gate; }
   uint64_t size_bytes() const override { return size_bytes_; }
   void submit(IoRequest* request) override;
 
@@ -24,6 +27,7 @@ class UringDevice final : public BlockDevice {
   static void finish(State* state, int error);
 
   int fd_;
+  const PoolGate* gate_ = nullptr;
   uint64_t size_bytes_;
   std::atomic<int> discard_way_{0};  // see uring_device.cc
 };

@@ -234,10 +234,25 @@ void Worker::arm_wake_poll() {
   wake_poll_.armed = true;
 }
 
+void Worker::recall_late() {
+  if (guarded_.empty()) return;
+  static __kernel_timespec pause = {0, 20'000'000};
+  const uint64_t now = boottime_ns();
+  for (const Guarded& one : guarded_) {
+    if (one.gate->open_at(now)) continue;
+    const auto data = one.entry->user_data;
+    io_uring_prep_timeout(one.entry, &pause, 0, 0);
+    one.entry->user_data = data;
+    *one.recalled = true;
+  }
+  guarded_.clear();
+}
+
 io_uring_sqe* Worker::sqe(Completion* completion) {
   HF_ASSERT(current_worker == this);
   io_uring_sqe* entry = io_uring_get_sqe(&ring_);
   while (entry == nullptr) {
+    recall_late();
     const int result = io_uring_submit(&ring_);
     HF_ASSERT(result >= 0 || result == -EBUSY || result == -EAGAIN || result == -EINTR);
     entry = io_uring_get_sqe(&ring_);
@@ -282,6 +297,14 @@ void Worker::wait_and_reap() {
       sleep = false;
     }
   }
+  __kernel_timespec timeout{};
+  if (sleep && !timers_.empty()) {
+    const uint64_t now = boottime_ns();
+    const uint64_t wait = timers_.front().when_ns > now ? timers_.front().when_ns - now : 0;
+    timeout.tv_sec = int64_t(wait / 1'000'000'000);
+    timeout.tv_nsec = int64_t(wait % 1'000'000'000);
+  }
+  recall_late();
   if (!sleep) {
     // Deferred task work only runs when events are asked for.
     if (defer_taskrun_) {
@@ -292,11 +315,6 @@ void Worker::wait_and_reap() {
   } else if (timers_.empty()) {
     io_uring_submit_and_wait(&ring_, 1);
   } else {
-    const uint64_t now = boottime_ns();
-    const uint64_t wait = timers_.front().when_ns > now ? timers_.front().when_ns - now : 0;
-    __kernel_timespec timeout{};
-    timeout.tv_sec = int64_t(wait / 1'000'000'000);
-    timeout.tv_nsec = int64_t(wait % 1'000'000'000);
     io_uring_cqe* cqe = nullptr;
     io_uring_submit_and_wait_timeout(&ring_, &cqe, 1, &timeout, nullptr);
   }

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "core/executor.h"
+#include "core/gate.h"
 #include "core/status.h"
 #include "core/volume.h"
 
@@ -61,6 +62,11 @@ class Worker final : public Executor {
   // --- on the worker's own thread only ---
   // A submission queue entry for `completion`; never null: a full queue is submitted first.
   io_uring_sqe* sqe(Completion* completion);
+  // The gate of a prepared entry is looked at once more right before the kernel gets it. If it has closed since, the
+  // entry becomes a short pause instead and `*recalled` true: whoever reaps it prepares it again. So a thread that was
+  // stopped in the middle of a batch hands over nothing of it when it goes on after its lease. `recalled` lives as long
+  // as the entry's completion.
+  void guard(io_uring_sqe* entry, const PoolGate* gate, bool* recalled) { guarded_.push_back({entry, gate, recalled}); }
   // Null when all are in use; the channel is then called back through FuseChannel::resume() when one is free.
   Slot* take_slot(FuseChannel* waiter);
   void release_slot(Slot* slot);
@@ -90,6 +96,7 @@ class Worker final : public Executor {
   bool reap();
   void wake();
   void arm_wake_poll();
+  void recall_late();            // before every submission
   void trim_slots();
 
   io_uring ring_{};
@@ -101,6 +108,12 @@ class Worker final : public Executor {
 
   // Own thread.
   TaskList tasks_;
+  struct Guarded {
+    io_uring_sqe* entry;
+    const PoolGate* gate;
+    bool* recalled;
+  };
+  std::vector<Guarded> guarded_;  // prepared, not yet submitted
   std::vector<Timer> timers_;  // a heap, soonest first
   uint64_t timer_order_ = 0;
   struct WakePoll : Completion {

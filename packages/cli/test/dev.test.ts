@@ -1,6 +1,15 @@
 /** The `holdfast` command and the development cluster, for real: processes, a loop disk, mounts. */
 import { execFile } from 'node:child_process';
-import { closeSync, mkdtempSync, openSync, readSync, rmSync, truncateSync, writeFileSync } from 'node:fs';
+import {
+  closeSync,
+  mkdtempSync,
+  openSync,
+  readFileSync,
+  readSync,
+  rmSync,
+  truncateSync,
+  writeFileSync,
+} from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
@@ -237,15 +246,20 @@ describe('dev up', () => {
     cluster.close();
     await new Promise((resolve) => setTimeout(resolve, 1500));
     const state = up.state;
+    // A number may be somebody else's by the time it is looked at again; its attachment is named by diskseq.
+    const attachment = (device: string): string => {
+      const name = device.replace('/dev/', '');
+      const file = loopDevices().get(device);
+      return file === undefined ? '' : readFileSync(`/sys/block/${name}/diskseq`, 'utf8').trim();
+    };
+    const attached = [state.disk.device, ...devices].map((device) => [device, attachment(device)] as const);
     process.kill(state.supervisor.pid, 'SIGKILL');
     const down = await holdfast(['dev', 'down', '--dir', dir]);
     expect(down.stderr).toBe('');
     expect(down.code).toBe(0);
     expect(state.processes.filter(isAlive)).toEqual([]);
     expect(mounts().filter((m) => m.mountPoint.startsWith(`${dir}/`))).toEqual([]);
-    expect([...loopDevices().keys()].filter((d) => d === state.disk.device || devices.includes(d))).toEqual(
-      [],
-    );
+    expect(attached.filter(([device, was]) => was === '' || attachment(device) === was)).toEqual([]);
     expect(readStart(state.disk.image)).toBe('HFSB');
   }, 90_000);
 
