@@ -8,7 +8,7 @@ import { fileURLToPath } from 'node:url';
 import { credentials } from '@grpc/grpc-js';
 import { call } from '@holdfast/common';
 import { holdfast, type ServiceInfo__Output } from '@holdfast/proto';
-import { afterAll, afterEach, beforeAll, describe, expect, it } from 'vitest';
+import { afterAll, afterEach, beforeAll, describe, expect, it, onTestFinished } from 'vitest';
 import { startMetadataService } from '../src/index.ts';
 import { Cluster, quietLogger } from './cluster.ts';
 import { FakeDisk, until } from './fake-agent.ts';
@@ -229,7 +229,14 @@ describe('starting and stopping', () => {
     const ended = new Promise((resolve) => child.once('exit', resolve));
     await until(() => existsSync(socket), 'socket');
     const client = new holdfast.Metadata(`unix:${socket}`, credentials.createInsecure());
-    expect(await info(client)).toMatchObject({ store_kind: 'sqlite', incarnation: '1', term: '1' });
+    onTestFinished(() => void child.kill('SIGKILL'));
+    // The file of a socket is there a moment before anybody listens.
+    let answer: ServiceInfo__Output | undefined;
+    for (let tries = 0; answer === undefined && tries < 50; tries += 1) {
+      answer = await info(client).catch(() => undefined);
+      if (answer === undefined) await new Promise((resolve) => setTimeout(resolve, 100));
+    }
+    expect(answer).toMatchObject({ store_kind: 'sqlite', incarnation: '1', term: '1' });
     await until(() => existsSync(backup), 'backup');
     client.close();
     child.kill('SIGTERM');
