@@ -393,7 +393,8 @@ void VolumeImpl::flush_finish(int error) {
     flush_next_ = nullptr;
     finish_waiters(late, serving ? 0 : EIO);
   }
-  const bool again = flush_wanted_ && error == 0 && !dirty_.empty();
+  // Who waits for a slot goes on only when pages become clean, and those with chunks in limbo take a second write.
+  const bool again = (flush_wanted_ || slot_waiters_ != nullptr) && error == 0 && !dirty_.empty();
   flush_wanted_ = false;
   if (serving && (flush_next_ != nullptr || again)) start_flush();
   end_background();

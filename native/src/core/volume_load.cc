@@ -260,8 +260,11 @@ void VolumeOpener::load(const Granted& granted, const SlabPage& disk, const Copi
     if (!follows) put();
     const Place taken = layer.map.find(chunk);
     if (taken != kNoPlace) {
-      put();
-      twice_.push_back({granted.layer, chunk, taken >> 8, index});
+      if (taken >> 8 == index) {
+        return fail(Code::kCorrupt, "the page of slab " + std::to_string(granted.slab) + " maps chunk " +
+                                        std::to_string(chunk) + " twice. Run `holdfast pool check`");
+      }
+      twice_.push_back({granted.layer, chunk, index});
       continue;
     }
     if (run_length == 0) {
@@ -391,8 +394,11 @@ std::string VolumeOpener::bad_slabs_text() const {
 bool VolumeOpener::settle_twice() {
   for (const Twice& twice : twice_) {
     VolumeImpl& volume = *volume_;
-    const Slab& a = volume.slabs_[twice.slab_a];
-    const Slab& b = volume.slabs_[twice.slab_b];
+    // Who has it by now: there may have been more than two.
+    auto& map = volume.layers_[twice.layer].map;
+    const uint32_t holder = map.find(twice.chunk) >> 8;
+    const Slab& a = volume.slabs_[holder];
+    const Slab& b = volume.slabs_[twice.slab];
     const std::string what = "chunk " + std::to_string(twice.chunk) + " (byte " +
                              std::to_string(uint64_t{twice.chunk} * format::kChunkSize) +
                              " of the volume) is mapped by slab " + std::to_string(a.number) + " and by slab " +
@@ -401,11 +407,10 @@ bool VolumeOpener::settle_twice() {
       fail(Code::kCorrupt, what + ". Run `holdfast pool check`");
       return false;
     }
-    const uint32_t loser = a.sequence < b.sequence ? twice.slab_a : twice.slab_b;
-    const uint32_t winner = loser == twice.slab_a ? twice.slab_b : twice.slab_a;
+    const uint32_t loser = a.sequence < b.sequence ? holder : twice.slab;
+    const uint32_t winner = loser == holder ? twice.slab : holder;
     const uint32_t loser_at = entry_of(loser, twice.chunk);
     const uint32_t winner_at = entry_of(winner, twice.chunk);
-    auto& map = volume.layers_[0].map;
     map.erase(twice.chunk);
     HotSlab* image = volume.ensure_hot(loser);
     if (image == nullptr) {

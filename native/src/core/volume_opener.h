@@ -41,12 +41,11 @@ class VolumeOpener {
     std::unique_ptr<PageBuffer> buffer;
     bool busy = false;
   };
-  // A chunk mapped by two slabs of one layer.
+  // A chunk that another slab of the layer was found to map before this one.
   struct Twice {
     uint32_t layer;
     uint32_t chunk;
-    uint32_t slab_a;
-    uint32_t slab_b;
+    uint32_t slab;
   };
 
   VolumeOpener(const VolumeEnvironment& environment, const VolumeSpec& spec, bool taking_over, Volume::Opened opened)
