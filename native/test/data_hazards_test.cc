@@ -1,4 +1,5 @@
 // The known ways to lose or leak data (DESIGN section 10, "Data"), each tried on purpose. A test's name is the promise.
+#include <array>
 #include <cerrno>
 #include <functional>
 
@@ -421,6 +422,41 @@ TEST(DataHazard, ASlabWithTwoBadCopiesIsNamedAndNeverServedAsEmpty) {
   EXPECT_EQ(status.code, Code::kCorrupt);
   EXPECT_NE(status.message.find("slab " + std::to_string(slab)), std::string::npos) << status.message;
   EXPECT_NE(status.message.find("bytes 16777216 to 67108864"), std::string::npos) << status.message;
+}
+
+// Only damage can lead here: a copy that should have been superseded serves again.
+TEST(DataHazard, AChunkThatSeveralSlabsMapIsServedByTheNewestPage) {
+  const std::vector<std::array<uint64_t, 3>> orders = {{11, 12, 13}, {13, 12, 11}, {12, 13, 11}, {12, 11, 13}};
+  for (const auto& numbers : orders) {
+    Bench bench(kMiB, 3);
+    bench.chunks_per_slab = 1;
+    ASSERT_TRUE(bench.open().ok());
+    for (uint64_t c = 0; c < 3; c++) ASSERT_EQ(bench.write(c * kChunk, kChunk, static_cast<uint8_t>(c + 1)), 0);
+    ASSERT_TRUE(bench.close().ok());
+    bench.next_grant();
+    uint8_t newest = 0;
+    for (uint64_t slab = 0; slab < 3; slab++) {
+      for (uint32_t copy = 0; copy < 2; copy++) {
+        SlabPage page = bench.page(slab, copy);
+        if (numbers[slab] == 13) newest = static_cast<uint8_t>(page.entries[0].logical_chunk + 1);
+        page.entries[0].logical_chunk = 9;
+        seal(page, kPoolUuid, bench.page_address(slab, copy), numbers[slab]);
+        bench.raw_write(bench.page_address(slab, copy), &page, sizeof page);
+      }
+    }
+    ASSERT_TRUE(bench.open().ok());
+    EXPECT_TRUE(bench.observer.has_event("is newer and serves"));
+    EXPECT_TRUE(bench.reads(9 * kChunk, kChunk, newest));
+    ASSERT_EQ(bench.write(0, 2 * kChunk, 8), 0) << "the losers' places can be used again";
+    EXPECT_TRUE(bench.reads(9 * kChunk, kChunk, newest));
+    ASSERT_TRUE(bench.close().ok());
+    bench.observer.events.clear();
+    bench.next_grant();
+    ASSERT_TRUE(bench.open().ok());
+    EXPECT_TRUE(bench.observer.events.empty());
+    EXPECT_TRUE(bench.reads(9 * kChunk, kChunk, newest));
+    EXPECT_TRUE(bench.reads(0, 2 * kChunk, 8));
+  }
 }
 
 TEST(DataHazard, AVolumeNeverShrinksSoItCannotGrowOldBytesBack) {
