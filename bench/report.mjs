@@ -30,6 +30,9 @@ const lines = [
   `Machine: ${r.machine.cores} cores (${r.machine.cpu}), ${r.machine.memory_gib} GiB, kernel ${r.machine.kernel.replace(/-.*/, '')}, Node ${r.machine.node}, ${r.machine.fio}; ` +
     `peer: ${r.machine.qsd ?? 'not measured'}. ${r.date}.`,
   '',
+  ...(r.settings.quick
+    ? ['**These figures are of a short run (`BENCH_QUICK=1`) while other programs were busy on both cores: a first look, no verdict.**', '']
+    : []),
   '## Reading and writing',
   '',
   row(['workload', 'raw IOPS', 'Holdfast', 'qemu-storage-daemon', 'of raw', 'goal', 'of qsd']),
