@@ -144,6 +144,25 @@ TEST(VolumeSpace, EmptiedSlabsGoBackAndCanBeGrantedAnew) {
   EXPECT_TRUE(bench.reads(0, 16 * kMiB, 3));
 }
 
+TEST(VolumeSpace, SlabsKeptForHeldWritesGoBackWhenThoseAreDone) {
+  Bench bench(16 * kMiB, 8);
+  bench.chunks_per_slab = 4;
+  ASSERT_TRUE(bench.open().ok());
+  ASSERT_EQ(bench.write(0, 32 * kChunk, 1), 0);  // the stock is used up
+  ASSERT_EQ(bench.flush(), 0);
+  auto held = bench.start(VolumeOp::kWrite, 40 * kChunk, kChunk, 2);
+  bench.drive();
+  EXPECT_FALSE(held->done());
+  ASSERT_EQ(bench.discard(0, 32 * kChunk), 0);
+  for (int i = 0; i < 4; i++) {
+    ASSERT_EQ(bench.write(40 * kChunk, kBlock, 2), 0);
+    ASSERT_EQ(bench.flush(), 0);
+  }
+  EXPECT_TRUE(held->done());
+  EXPECT_GE(bench.observer.emptied.size(), 5u);
+  EXPECT_TRUE(bench.reads(40 * kChunk, kChunk, 2));
+}
+
 TEST(VolumeSpace, MoreChangedPagesThanImageSlotsOnlyMeansMoreFlushes) {
   Bench bench(64 * kMiB, 200);
   bench.arena_memory = ArenaMemory(PageArena::kMinimumBytes);

@@ -362,6 +362,7 @@ void VolumeImpl::flush_finish(int error) {
     }
     flush_frozen_.clear();
     reclaim();
+    release_spare();
     if (slab_waiters_ != nullptr) settle_for_space();
     if (slab_waiters_ != nullptr && list_head_ != kNoIndex) wake(slab_waiters_, slab_waiters_tail_);
   } else {

@@ -288,6 +288,7 @@ class VolumeImpl final : public Volume {
   static void full_timer_run(Task* task);
   void drop_full_timer();
   void maybe_release(uint32_t slab);  // locked: an empty, settled slab that is not needed goes back
+  void release_spare();           // locked
   void start_release();
   void release_submit_page(uint32_t copy);
   void release_step(int error);

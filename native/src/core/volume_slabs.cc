@@ -304,12 +304,22 @@ void VolumeImpl::maybe_release(uint32_t index) {
     return;
   }
   HF_ASSERT(slab.listed);
-  // Not the last room: the next write would only claim another.
-  if (free_total_ < usable_chunks_ + std::max(1u, usable_chunks_ / 4)) return;
+  // Not the last room, nor what a held write is about to take: it would only have to be claimed again.
+  if (slab_waiters_ != nullptr || free_total_ < usable_chunks_ + std::max(1u, usable_chunks_ / 4)) return;
   unlist_slab(index);
   slab.state = SlabState::kReleasing;
   release_queue_.push_back(index);
   start_release();
+}
+
+// Empty slabs that were kept when they became empty, for a write that was held then.
+void VolumeImpl::release_spare() {
+  uint32_t index = list_head_;
+  for (uint32_t seen = 0; seen < 16 && index != kNoIndex && free_total_ > 2 * uint64_t{usable_chunks_}; seen++) {
+    const uint32_t next = slabs_[index].list_next;
+    maybe_release(index);
+    index = next;
+  }
 }
 
 void VolumeImpl::start_release() {
