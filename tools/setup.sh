@@ -36,7 +36,8 @@ if [ "$(.cache/pnpm/node_modules/.bin/pnpm --version 2>/dev/null || true)" != "$
   echo "setup: installing pnpm $pnpm_version"
   npm install --silent --no-fund --no-audit --prefix .cache/pnpm "pnpm@$pnpm_version" >/dev/null
 fi
-command -v pnpm >/dev/null || npm install --silent --no-fund --no-audit -g "pnpm@$pnpm_version" >/dev/null
+# The Makefile puts the pinned one first on PATH; what counts is whether the user's own shell finds one.
+PATH=${PATH//"$PWD/.cache/pnpm/node_modules/.bin:"/} command -v pnpm >/dev/null || npm install --silent --no-fund --no-audit -g "pnpm@$pnpm_version" >/dev/null
 export PATH="$PWD/.cache/pnpm/node_modules/.bin:$PATH"
 stamp=node_modules/.holdfast-lock
 if ! cmp -s pnpm-lock.yaml "$stamp"; then
