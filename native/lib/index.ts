@@ -249,9 +249,40 @@ export interface OpenVolume {
    * the device stays (answering EIO) until detach().
    */
   revoke(): Promise<void>;
+  /** Flushes, holds new writes, drains, flushes again; held until cut(), release() or `timeoutMs`. Rejects HF_BUSY while held. */
+  hold(timeoutMs: number): Promise<void>;
+  /** Lets held writes go on. Nothing held: no-op. */
+  release(): Promise<void>;
+  /**
+   * Freezes the top layer under a new one. Durable when it resolves; the record naming `top` on disk is the commit. Holds by
+   * itself unless hold() was called before, then rejects HF_HOLD_EXPIRED if that is over. A top that is the volume's already is
+   * success (a repeat). A failed cut leaves the old top, and writes go on.
+   */
+  cut(top: LayerSpec, snapshot: { name: string; unixMs: number }, timeoutMs: number): Promise<CutReport>;
+  /** Drops slabs of frozen layers from the map; resolves when no request that may know a place in them is left. */
+  forgetSlabs(slabs: SlabRun[]): Promise<void>;
   /** Takes the dead device of a revoked or fenced volume away. HF_BUSY while mounted. */
   detach(): Promise<void>;
   stats(): VolumeStats;
+}
+
+export interface CutReport {
+  /** The frozen layer as it is now, with all its slabs. */
+  frozen: LayerSpec;
+  /** How long writes waited. */
+  heldMicroseconds: number;
+}
+
+export interface StripReport {
+  /** Slabs of the victims that hold nothing any more; their pages still name the layer. */
+  emptied: SlabRun[];
+  clearedBlocks: bigint;
+  uses: { layerId: bigint; liveBlocks: bigint; slabs: bigint }[];
+}
+
+export interface ByteRange {
+  offset: bigint;
+  length: bigint;
 }
 
 export interface Pool {
@@ -261,8 +292,11 @@ export interface Pool {
   readonly lockPath: string;
   leaseState(): LeaseState;
   volumes(): OpenVolume[];
-  /** Opens and exports. The record on disk must be older than the grant (HF_STALE otherwise). */
-  openVolume(spec: VolumeSpec): Promise<OpenVolume>;
+  /**
+   * Opens and exports. The record on disk must be older than the grant (HF_STALE otherwise). `device: false`: opened without a
+   * device, for maintenance; `export.devicePath` is empty.
+   */
+  openVolume(spec: VolumeSpec, options?: { device?: boolean }): Promise<OpenVolume>;
   /** Slabs ahead, for first writes. */
   addSlabs(runs: SlabRun[]): void;
   /** The service has none: held writes wait full-timeout, then get ENOSPC. Cleared by addSlabs. */
@@ -297,6 +331,17 @@ export interface Pool {
     closedEpoch: bigint;
     layers: { layerId: bigint; slot: number; slabs: SlabRun[] }[];
   }): Promise<void>;
+  /** DESIGN section 4, deleting a snapshot: see StripLayers in metadata.proto. Frozen victims only. */
+  stripLayers(victims: LayerSpec[], covers: LayerSpec[]): Promise<StripReport>;
+  /** Frees and discards slabs that still name layer and generation; `tombstone`: the layers' records are deleted too. */
+  wipeLayers(layers: { layerId: bigint; slot: number; slabs: SlabRun[] }[], tombstone: boolean): Promise<void>;
+  /** Ranges that any of `layers` (newest first) has data, zeros or holes for, merged, from `startingOffset` on. */
+  readChanges(
+    layers: LayerSpec[],
+    sizeBytes: bigint,
+    startingOffset: bigint,
+    maxRanges: number,
+  ): Promise<{ ranges: ByteRange[]; nextOffset: bigint }>;
   /** All volumes must be closed. Writes stopped(generation) and gives the lease up. */
   close(): Promise<void>;
   /** Fences itself: every volume's gate shut for good, zero in flight, stopped(generation) on disk (stop-ack). */
