@@ -32,8 +32,10 @@ import {
 } from '@holdfast/proto';
 import type { ChannelCredentials } from '@grpc/grpc-js';
 import { Backoff } from './backoff.ts';
+import { Cuts } from './cuts.ts';
 import { fencingNames, isTransient, messageOf, nativeCode, runFromWire, runToWire } from './convert.ts';
 import { DeviceScanner, type FoundPool } from './devices.ts';
+import { FsFreezer, type FileSystemFreezer } from './freeze.ts';
 import { HostedPool } from './hosted-pool.ts';
 import type { Identity } from './identity.ts';
 import { OrderDesk } from './orders.ts';
@@ -59,6 +61,8 @@ export interface AgentOptions {
   maxVolumes: number;
   logger: Logger;
   native: NativeModule;
+  /** Quiesces file systems around a cut; by default with fsfreeze(8). */
+  freezer?: FileSystemFreezer;
   /** How often devices are looked at again. */
   rescanMs?: number;
   workers?: number;
@@ -83,6 +87,8 @@ class RunningAgent implements Agent {
   readonly #service: MetadataConnection;
   readonly #scanner: DeviceScanner;
   readonly #volumes: Volumes;
+  readonly #freezer: FileSystemFreezer;
+  readonly #cuts: Cuts;
   readonly #orders: OrderDesk;
   readonly #pools = new Map<string, HostedPool>();
   /** Events of a pool whose openPool() has not resolved yet. */
@@ -119,11 +125,14 @@ class RunningAgent implements Agent {
       nodeId: options.identity.nodeId,
       onFreed: () => this.#reconcilePools(),
     });
+    this.#freezer = options.freezer ?? new FsFreezer(join(options.stateDir, 'frozen.json'), this.#logger);
+    this.#cuts = new Cuts({ volumes: this.#volumes, freezer: this.#freezer, logger: this.#logger });
     this.#orders = new OrderDesk({
       tools: options.native,
       pool: (uuid) => this.#pools.get(uuid),
       device: (uuid) => this.#pools.get(uuid)?.found?.devicePath ?? this.#seen.get(uuid)?.devicePath,
       volumes: this.#volumes,
+      cuts: this.#cuts,
       logger: this.#logger,
     });
   }
@@ -152,6 +161,8 @@ class RunningAgent implements Agent {
       },
       'Adopted what the keeper had',
     );
+    // Their devices answer again: what a killed agent left frozen need not wait longer.
+    void this.#freezer.thawLeftOver();
     await this.#volumes.settleReturns([...this.#pools.values()]);
     await this.#scan();
     this.#server = await serve(this.#options.socket, (server) =>
@@ -556,6 +567,7 @@ class RunningAgent implements Agent {
     this.#stopping = true;
     clearInterval(this.#ticker);
     await this.#server?.close(2000);
+    await this.#cuts.releaseAll();
     await this.#volumes.idle();
   }
 

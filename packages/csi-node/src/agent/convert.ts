@@ -87,6 +87,7 @@ const nativeCodes: Record<string, ErrorCode> = {
   HF_FENCED: 'FENCED',
   HF_STALE: 'STALE',
   HF_LEASE_EXPIRED: 'UNAVAILABLE',
+  HF_HOLD_EXPIRED: 'UNAVAILABLE',
   HF_UNAVAILABLE: 'UNAVAILABLE',
 };
 

@@ -5,14 +5,19 @@
  * against the authority page on the disk: a deposed leader's or a restored database's order is STALE and changes nothing.
  */
 import { HoldfastError, type Logger } from '@holdfast/common';
-import type { NativeModule } from '@holdfast/native';
+import type { NativeModule, VolumeRecord } from '@holdfast/native';
 import type { Layer, Order__Output, OrderResult, VolumeRecordReading } from '@holdfast/proto';
-import { layerFromWire, messageOf, nativeCode, runFromWire, slabOwnerToWire } from './convert.ts';
+import { layerFromWire, messageOf, nativeCode, runFromWire, runToWire, slabOwnerToWire } from './convert.ts';
+import type { Cuts } from './cuts.ts';
 import type { HostedPool } from './hosted-pool.ts';
+import { KeyedLock } from './locks.ts';
 import { UnknownVolume, type Volumes } from './volumes.ts';
 
 /** Results kept for repeats. An order is forgotten long after the service has stopped asking for it. */
 const keptResults = 4096;
+
+/** Long answers, and harmless to work out again. */
+const notKept: readonly Order__Output['order'][] = ['cut_volumes', 'read_changes'];
 
 /** Who gives orders: a store's life and its leader's term. */
 export interface AuthorityTerm {
@@ -36,7 +41,10 @@ export class OrderDesk {
   /** The path under which this node sees a pool. */
   readonly #device: (uuid: string) => string | undefined;
   readonly #volumes: Volumes;
+  readonly #cuts: Cuts;
   readonly #logger: Logger;
+  /** Wipes and strips of a pool, one after the other: an answer says that nothing of the order is in flight. */
+  readonly #jobs = new KeyedLock();
   readonly #results = new Map<string, Promise<OrderResult>>();
   #authority: AuthorityTerm = { storeId: '', incarnation: 0n, term: 0n };
 
@@ -45,12 +53,14 @@ export class OrderDesk {
     pool: (uuid: string) => HostedPool | undefined;
     device: (uuid: string) => string | undefined;
     volumes: Volumes;
+    cuts: Cuts;
     logger: Logger;
   }) {
     this.#tools = options.tools;
     this.#pool = options.pool;
     this.#device = options.device;
     this.#volumes = options.volumes;
+    this.#cuts = options.cuts;
     this.#logger = options.logger;
   }
 
@@ -79,7 +89,10 @@ export class OrderDesk {
       this.#results.delete(order.order_id);
       return { error_code: code, error_message: messageOf(error) };
     });
-    const named = result.then((outcome) => ({ ...outcome, order_id: order.order_id }));
+    const named = result.then((outcome) => {
+      if (notKept.includes(order.order)) this.#results.delete(order.order_id);
+      return { ...outcome, order_id: order.order_id };
+    });
     this.#results.set(order.order_id, named);
     if (this.#results.size > keptResults) {
       const oldest = this.#results.keys().next().value;
@@ -94,6 +107,18 @@ export class OrderDesk {
       throw new HoldfastError(
         'UNAVAILABLE',
         `This node is not a live host on pool ${order.pool_uuid}. Ask another one.`,
+      );
+    }
+    return pool;
+  }
+
+  /** For work that is given to one life of this host: another one must not do it (0: any may). */
+  #hostedAs(order: Order__Output, generation: string): HostedPool {
+    const pool = this.#hosted(order);
+    if (generation !== '0' && generation !== pool.host.generation) {
+      throw new HoldfastError(
+        'STALE',
+        `The order is for generation ${generation} of this host on pool ${order.pool_uuid}, which lives under ${pool.host.generation}.`,
       );
     }
     return pool;
@@ -131,7 +156,7 @@ export class OrderDesk {
     return device;
   }
 
-  /** A record by its slot, or by its volume's UUID wherever it stands, then with its layers. */
+  /** A record by its slot, or by its volume's UUID wherever it stands, with its chain as the disk has it. */
   async #readRecord(order: Order__Output, slot: number, uuid: string): Promise<VolumeRecordReading> {
     const { native } = this.#hosted(order);
     const record =
@@ -139,46 +164,55 @@ export class OrderDesk {
         ? await native.readVolumeRecord(slot)
         : (await native.readVolumeRecords()).find((r) => r.uuid === uuid);
     if (record === undefined) return { found: false };
-    const reading: VolumeRecordReading = {
+    return {
       found: true,
       volume_id: record.volumeId.toString(),
       state: record.state,
       epoch: record.epoch.toString(),
       host_id: record.hostId,
       generation: record.generation.toString(),
-    };
-    if (uuid === '') return reading;
-    const layers = new Map(
-      (await this.#tools.readLayerRecords(this.#deviceOf(order))).map((layer) => [layer.layerId, layer]),
-    );
-    const chain: Layer[] = [];
-    for (let id = record.topLayerId; id !== 0n; ) {
-      const layer = layers.get(id);
-      if (layer === undefined || chain.length > layers.size) {
-        throw new HoldfastError(
-          'CORRUPT',
-          `Volume ${uuid} names layer ${id}, which the layer table does not have. Run \`holdfast pool check\`.`,
-        );
-      }
-      chain.push({
-        layer_id: layer.layerId.toString(),
-        slot: layer.slot,
-        parent_layer_id: layer.parentLayerId.toString(),
-        birth: layer.birth.toString(),
-        size_bytes: layer.sizeBytes.toString(),
-        frozen: layer.state === 'frozen',
-      });
-      id = layer.parentLayerId;
-    }
-    return {
-      ...reading,
       slot: record.slot,
       uuid: record.uuid,
       name: record.name,
       size_bytes: record.sizeBytes.toString(),
       parameters_json: record.parametersJson,
-      layers: chain,
+      top_layer_id: record.topLayerId.toString(),
+      layers: record.state === 'deleted' ? [] : await this.#chain(order, record),
     };
+  }
+
+  /**
+   * Newest first. A deleted layer's tombstone keeps its parent, so that a chain whose middle was stripped away is followed
+   * through it; it is no part of the answer.
+   */
+  async #chain(order: Order__Output, record: VolumeRecord): Promise<Layer[]> {
+    const layers = new Map(
+      (await this.#tools.readLayerRecords(this.#deviceOf(order))).map((layer) => [layer.layerId, layer]),
+    );
+    const chain: Layer[] = [];
+    const seen = new Set<bigint>();
+    for (let id = record.topLayerId; id !== 0n; ) {
+      const layer = layers.get(id);
+      if (layer === undefined || seen.has(id)) {
+        throw new HoldfastError(
+          'CORRUPT',
+          `Volume ${record.uuid} names layer ${id}, which the layer table does not have. Run \`holdfast pool check\`.`,
+        );
+      }
+      seen.add(id);
+      if (layer.state !== 'deleted') {
+        chain.push({
+          layer_id: layer.layerId.toString(),
+          slot: layer.slot,
+          parent_layer_id: layer.parentLayerId.toString(),
+          birth: layer.birth.toString(),
+          size_bytes: layer.sizeBytes.toString(),
+          frozen: layer.state !== 'writable',
+        });
+      }
+      id = layer.parentLayerId;
+    }
+    return chain;
   }
 
   /** The disk decides who may order changes of the pool. */
@@ -250,16 +284,84 @@ export class OrderDesk {
       return { slab_owners: { owners: owners.map(slabOwnerToWire) } };
     }
     if (order.wipe_volume) {
-      const pool = this.#hosted(order);
+      const pool = this.#hostedAs(order, order.wipe_volume.generation);
       await this.#checkPage(pool, order);
       const wipe = order.wipe_volume;
-      await pool.native.wipeVolume({
-        volumeId: BigInt(wipe.volume_id),
-        slot: wipe.slot,
-        closedEpoch: BigInt(wipe.closed_epoch),
-        layers: wipe.layers.map(layerFromWire),
-      });
+      await this.#jobs.run(pool.uuid, () =>
+        pool.native.wipeVolume({
+          volumeId: BigInt(wipe.volume_id),
+          slot: wipe.slot,
+          closedEpoch: BigInt(wipe.closed_epoch),
+          layers: wipe.layers.map(layerFromWire),
+        }),
+      );
       return {};
+    }
+    return this.#runSnapshots(order);
+  }
+
+  async #runSnapshots(order: Order__Output): Promise<OrderResult> {
+    if (order.hold_volumes) {
+      await this.#cuts.hold(order.hold_volumes);
+      return {};
+    }
+    if (order.release_volumes) {
+      this.#cuts.release(order.release_volumes.cut_id);
+      return {};
+    }
+    if (order.cut_volumes) {
+      const pool = this.#hosted(order);
+      await this.#checkPage(pool, order);
+      return { cut: await this.#cuts.cut(pool, order.cut_volumes) };
+    }
+    if (order.forget_slabs) {
+      const { volume_uuid, epoch, slabs } = order.forget_slabs;
+      await this.#volumes.forgetSlabs(volume_uuid, BigInt(epoch), slabs.map(runFromWire));
+      return {};
+    }
+    if (order.strip_layers) {
+      const pool = this.#hostedAs(order, order.strip_layers.generation);
+      await this.#checkPage(pool, order);
+      const { victims, covers } = order.strip_layers;
+      const report = await this.#jobs.run(pool.uuid, () =>
+        pool.native.stripLayers(victims.map(layerFromWire), covers.map(layerFromWire)),
+      );
+      return {
+        strip: {
+          emptied: report.emptied.map(runToWire),
+          cleared_blocks: report.clearedBlocks.toString(),
+          uses: report.uses.map((use) => ({
+            layer_id: use.layerId.toString(),
+            live_blocks: use.liveBlocks.toString(),
+            slabs: use.slabs.toString(),
+          })),
+        },
+      };
+    }
+    if (order.wipe_layers) {
+      const pool = this.#hostedAs(order, order.wipe_layers.generation);
+      await this.#checkPage(pool, order);
+      const { layers, tombstone } = order.wipe_layers;
+      await this.#jobs.run(pool.uuid, () => pool.native.wipeLayers(layers.map(layerFromWire), tombstone));
+      return {};
+    }
+    if (order.read_changes) {
+      const { target, size_bytes, starting_offset, max_ranges } = order.read_changes;
+      const { ranges, nextOffset } = await this.#hosted(order).native.readChanges(
+        target.map(layerFromWire),
+        BigInt(size_bytes),
+        BigInt(starting_offset),
+        max_ranges,
+      );
+      return {
+        changes: {
+          ranges: ranges.map(({ offset, length }) => ({
+            offset: offset.toString(),
+            length: length.toString(),
+          })),
+          next_offset: nextOffset.toString(),
+        },
+      };
     }
     throw new HoldfastError(
       'UNIMPLEMENTED',

@@ -19,6 +19,8 @@ export interface PendingReturn {
   state: 'closing' | 'closed';
   /** Slabs that the volume claimed and that were not acknowledged yet. */
   claimed: ClaimedSlab[];
+  /** Opened without a record on the disk. */
+  readOnly?: boolean;
 }
 
 export class PendingReturns {

@@ -6,7 +6,7 @@
  * has let go; then the device is detached and the volume can be opened again under a new grant.
  */
 import { HoldfastError, type Logger } from '@holdfast/common';
-import type { OpenVolume } from '@holdfast/native';
+import type { LayerSpec, OpenVolume, SlabRun, VolumeSpec } from '@holdfast/native';
 import type {
   ClaimedSlab,
   Grant__Output,
@@ -14,8 +14,18 @@ import type {
   OpenVolumeInfo,
   OpenVolumeResponse,
   RevokeResult,
+  VolumeCut__Output,
+  VolumeCutResult,
 } from '@holdfast/proto';
-import { fromNativeError, isTransient, messageOf, nativeCode, slabsOf, specFromGrant } from './convert.ts';
+import {
+  fromNativeError,
+  isTransient,
+  layerFromWire,
+  messageOf,
+  nativeCode,
+  slabsOf,
+  specFromGrant,
+} from './convert.ts';
 import { claimedToWire, type HostedPool, type Slab } from './hosted-pool.ts';
 import { KeyedLock } from './locks.ts';
 import type { PendingReturn, PendingReturns } from './pending-returns.ts';
@@ -27,7 +37,7 @@ const awayWaitMs = 300;
 /** How long the answer to a revocation waits until earlier claims are in the service's books. */
 const reportWaitMs = 8000;
 
-interface LocalVolume {
+export interface LocalVolume {
   uuid: string;
   pool: HostedPool;
   native: OpenVolume;
@@ -36,18 +46,15 @@ interface LocalVolume {
   publishId: string | undefined;
   revoked: boolean;
   reason: string;
-  /** All slabs of the top layer, by number. */
+  /** The layer that takes writes: another one after each cut. */
+  top: bigint;
+  /** All slabs of the top layer, by number; while a cut is under way, those of the layer that freezes too. */
   claimed: Map<bigint, Slab>;
 }
 
-/** Not open here, and never again under this epoch or an older one. */
+/** Not open here. In answer to a revocation: and never again under this epoch or an older one. */
 export class UnknownVolume extends Error {
   readonly code = 'UNKNOWN_VOLUME';
-  constructor(uuid: string, epoch: bigint) {
-    super(
-      `Volume ${uuid} is not open on this node, and will not be opened here under epoch ${epoch} or an older one.`,
-    );
-  }
 }
 
 export class Volumes {
@@ -100,7 +107,8 @@ export class Volumes {
   #remember(pool: HostedPool, native: OpenVolume, publishId: string | undefined): LocalVolume {
     const top = native.spec.layers[0];
     const claimed = new Map<bigint, Slab>();
-    if (top !== undefined) {
+    // A reader claims nothing, and what it still maps may be somebody else's by now.
+    if (top !== undefined && !native.spec.readOnly) {
       for (const { slab, generation } of slabsOf(top.slabs)) {
         claimed.set(slab, { volumeId: native.spec.volumeId, layerId: top.layerId, slab, generation });
       }
@@ -113,6 +121,7 @@ export class Volumes {
       publishId,
       revoked: false,
       reason: '',
+      top: top?.layerId ?? 0n,
       claimed,
     };
     this.#open.set(volume.uuid, volume);
@@ -138,6 +147,11 @@ export class Volumes {
       const open = this.#open.get(entry.volumeUuid);
       if (pool === undefined || open?.epoch.toString() === entry.epoch) {
         this.#returns.remove(entry); // still open here, or the generation it was open under is over
+        continue;
+      }
+      if (entry.readOnly === true) {
+        // A reader leaves no mark on the disk; not taken over means not open, and its engine's I/O is dead.
+        this.#returns.put({ ...entry, state: 'closed' });
         continue;
       }
       const record = await pool.native.readVolumeRecord(entry.slot).catch((error: unknown) => {
@@ -338,9 +352,7 @@ export class Volumes {
       this.#opening.delete(uuid);
       this.#logger.error({ ...where, err: error }, `Volume ${uuid} cannot be opened: ${messageOf(error)}`);
       // Nothing is open and nothing is in flight: the grant goes back, so that the next stage gets a newer epoch.
-      const entry = this.#pendingReturn(pool, spec.slot, uuid, spec.epoch, []);
-      this.#returns.put({ ...entry, state: 'closed' });
-      this.sendReturns();
+      this.#giveBack(pool, spec);
       throw error;
     }
     this.#opening.delete(uuid);
@@ -385,30 +397,30 @@ export class Volumes {
     });
   }
 
-  #pendingReturn(
-    pool: HostedPool,
-    slot: number,
-    uuid: string,
-    epoch: bigint,
-    claimed: readonly Slab[],
-  ): PendingReturn {
+  #pendingReturn(pool: HostedPool, spec: VolumeSpec, claimed: readonly Slab[]): PendingReturn {
     return {
-      volumeUuid: uuid,
+      volumeUuid: spec.uuid,
       poolUuid: pool.uuid,
       hostId: pool.native.hostId,
       generation: pool.host.generation,
-      epoch: epoch.toString(),
-      slot,
+      epoch: spec.epoch.toString(),
+      slot: spec.slot,
       state: 'closing',
       claimed: claimed.map(claimedToWire),
+      ...(spec.readOnly ? { readOnly: true } : {}),
     };
+  }
+
+  /** A grant under which nothing is open and nothing in flight. */
+  #giveBack(pool: HostedPool, spec: VolumeSpec): void {
+    this.#returns.put({ ...this.#pendingReturn(pool, spec, []), state: 'closed' });
+    this.sendReturns();
   }
 
   async #closeAndReturn(volume: LocalVolume): Promise<void> {
     const { pool, uuid, native, epoch } = volume;
     const volumeId = native.spec.volumeId;
-    const describe = (): PendingReturn =>
-      this.#pendingReturn(pool, native.spec.slot, uuid, epoch, pool.unreported(volumeId));
+    const describe = (): PendingReturn => this.#pendingReturn(pool, native.spec, pool.unreported(volumeId));
     const closing = describe();
     this.#returns.put(closing);
     try {
@@ -504,6 +516,12 @@ export class Volumes {
       }
       const now = volume.native.stats().sizeBytes;
       if (atLeastBytes !== 0n && now >= atLeastBytes) return now;
+      if (volume.native.spec.readOnly) {
+        throw new HoldfastError(
+          'FAILED_PRECONDITION',
+          `Volume ${uuid} is open read-only on this node and can't take a new size. It has it when it is staged again.`,
+        );
+      }
       const size = BigInt((await this.#service.getVolume(uuid)).size_bytes);
       if (size < atLeastBytes) {
         throw new HoldfastError(
@@ -520,7 +538,8 @@ export class Volumes {
   resized(uuid: string, sizeBytes: bigint): void {
     const grown = this.#locks.run(`volume ${uuid}`, async () => {
       const volume = this.#open.get(uuid);
-      if (volume !== undefined && !volume.revoked && !volume.pool.dead) await this.#grow(volume, sizeBytes);
+      if (volume === undefined || volume.revoked || volume.pool.dead) return;
+      if (!volume.native.spec.readOnly) await this.#grow(volume, sizeBytes);
     });
     grown.catch((error: unknown) =>
       this.#logger.warn(`Volume ${uuid} could not grow: ${messageOf(error)}. NodeExpandVolume tries again.`),
@@ -578,6 +597,200 @@ export class Volumes {
         `Volume ${uuid} is not open here, but slabs of this pool are still being reported. Repeat the order.`,
       );
     }
-    throw new UnknownVolume(uuid, epoch);
+    throw new UnknownVolume(
+      `Volume ${uuid} is not open on this node, and will not be opened here under epoch ${epoch} or an older one.`,
+    );
   }
+
+  // ------------------------------------------------------------------------------------------ snapshots
+
+  /** @throws UNKNOWN_VOLUME when it is not open here, STALE when it is open under another epoch or was taken away. */
+  opened(uuid: string, epoch: bigint): LocalVolume {
+    const volume = this.#open.get(uuid);
+    if (volume === undefined) throw new UnknownVolume(`Volume ${uuid} is not open on this node.`);
+    if (volume.epoch !== epoch || volume.revoked || volume.pool.dead) {
+      throw new HoldfastError(
+        'STALE',
+        `Volume ${uuid} is open here under epoch ${volume.epoch}${volume.revoked || volume.pool.dead ? ', and was taken away' : ''}; the order is for epoch ${epoch}.`,
+      );
+    }
+    return volume;
+  }
+
+  /** Runs in the volume's turn. */
+  withOpen<T>(uuid: string, epoch: bigint, body: (volume: LocalVolume) => Promise<T>): Promise<T> {
+    return this.#locks.run(`volume ${uuid}`, () => {
+      const volume = this.opened(uuid, epoch);
+      return body(volume);
+    });
+  }
+
+  /** Whether an open volume has this layer on top already. */
+  isCut(uuid: string, top: bigint): boolean {
+    return this.#open.get(uuid)?.top === top;
+  }
+
+  cutOpen(cut: VolumeCut__Output, timeoutMs: number): Promise<VolumeCutResult> {
+    return this.withOpen(cut.volume_uuid, BigInt(cut.epoch), async (volume) => {
+      const top = topOf(cut);
+      const report = await volume.native.cut(top, snapshotOf(cut), timeoutMs);
+      volume.top = top.layerId;
+      // What froze is in the answer; what is held from now on are the new top's slabs.
+      for (const [number, slab] of volume.claimed) {
+        if (slab.layerId !== top.layerId) volume.claimed.delete(number);
+      }
+      this.#logger.info(
+        { volume: volume.uuid, top: cut.top?.layer_id, heldUs: report.heldMicroseconds },
+        'Cut an open volume',
+      );
+      return cutResult(cut, volume.native.spec.volumeId, report.frozen, report.heldMicroseconds);
+    });
+  }
+
+  /**
+   * Cuts a volume that nobody has open: opened under `grant` without a device, cut, closed. Nothing of it stays open here,
+   * whatever happens. The answer returns the grant; where there is none, the agent returns it.
+   */
+  cutClosed(
+    pool: HostedPool,
+    cut: VolumeCut__Output,
+    grant: Grant__Output,
+    timeoutMs: number,
+  ): Promise<VolumeCutResult> {
+    const uuid = cut.volume_uuid;
+    return this.#locks.run(`volume ${uuid}`, async () => {
+      const granted = specFromGrant(grant);
+      const local = this.#open.get(uuid);
+      if (local !== undefined && !local.revoked && !local.pool.dead) {
+        throw new HoldfastError(
+          'STALE',
+          `Volume ${uuid} is open here under epoch ${local.epoch}; it can't be cut as a closed one under epoch ${granted.epoch}.`,
+        );
+      }
+      if (granted.epoch <= (this.#revokedEpochs.get(uuid) ?? -1n)) {
+        throw new HoldfastError('STALE', `The grant of volume ${uuid} (epoch ${granted.epoch}) was revoked.`);
+      }
+      if (local !== undefined) await this.#detach(local);
+      const top = topOf(cut);
+      const record = await pool.native.readVolumeRecord(granted.slot);
+      const isCut = record?.uuid === uuid && record.topLayerId === top.layerId;
+      const frozen = frozenOf(granted, top);
+      if (isCut && record.epoch === granted.epoch && record.state === 'closed') {
+        // Done under this very grant; only the answer was lost. Nothing was written in between.
+        return { ...cutResult(cut, granted.volumeId, frozen, 0), epoch: granted.epoch.toString() };
+      }
+      // Cut before, and closed by nobody or under an older grant: the record is right, the grant's chain is a step behind.
+      const behind = isCut && granted.layers[0]?.layerId !== top.layerId;
+      const spec: VolumeSpec = behind
+        ? { ...granted, layers: [top, { ...frozen, frozen: true }, ...granted.layers.slice(1)] }
+        : granted;
+      this.#opening.set(uuid, { pool, epoch: spec.epoch });
+      try {
+        const result = await this.#cutWithoutDevice(pool, spec, cut, top, timeoutMs);
+        this.#logger.info({ volume: uuid, top: cut.top?.layer_id }, 'Cut a closed volume');
+        return { ...result, epoch: spec.epoch.toString() };
+      } catch (error) {
+        if (this.#open.get(uuid) === undefined) this.#giveBack(pool, spec);
+        throw error;
+      } finally {
+        this.#opening.delete(uuid);
+        this.#onFreed();
+      }
+    });
+  }
+
+  async #cutWithoutDevice(
+    pool: HostedPool,
+    spec: VolumeSpec,
+    cut: VolumeCut__Output,
+    top: LayerSpec,
+    timeoutMs: number,
+  ): Promise<VolumeCutResult> {
+    const native = await pool.native.openVolume(spec, { device: false });
+    let result: VolumeCutResult;
+    try {
+      const report = await native.cut(top, snapshotOf(cut), timeoutMs);
+      result = cutResult(cut, spec.volumeId, report.frozen, report.heldMicroseconds);
+    } catch (error) {
+      await this.#closeWithoutDevice(pool, native);
+      throw error;
+    }
+    await this.#closeWithoutDevice(pool, native);
+    return result;
+  }
+
+  /** Closed politely, or else by force: a volume without a device has no user that could be harmed. */
+  async #closeWithoutDevice(pool: HostedPool, native: OpenVolume): Promise<void> {
+    try {
+      await native.close();
+      return;
+    } catch (error) {
+      this.#logger.warn(
+        { volume: native.spec.uuid },
+        `A volume that was opened to be cut could not be closed (${messageOf(error)}); it is revoked.`,
+      );
+    }
+    // What can't be closed by force either stays listed as open, so that a fence finds it.
+    const volume = this.#remember(pool, native, undefined);
+    await native.revoke();
+    volume.revoked = true;
+    await native.detach();
+    this.#open.delete(volume.uuid);
+  }
+
+  /**
+   * Slabs of frozen layers that newer layers cover and that are about to be freed. Resolves when no request on this node can
+   * know a place in them any more: not open here, or answering EIO with nothing in flight, is as good.
+   */
+  forgetSlabs(uuid: string, epoch: bigint, slabs: SlabRun[]): Promise<void> {
+    return this.#locks.run(`volume ${uuid}`, async () => {
+      const volume = this.#open.get(uuid);
+      if (volume === undefined || volume.epoch !== epoch || volume.revoked || volume.pool.dead) return;
+      await volume.native.forgetSlabs(slabs);
+    });
+  }
+}
+
+function topOf(cut: VolumeCut__Output): LayerSpec {
+  if (!cut.top) {
+    throw new HoldfastError(
+      'INVALID_ARGUMENT',
+      `The order to cut volume ${cut.volume_uuid} names no new top layer.`,
+    );
+  }
+  return layerFromWire(cut.top);
+}
+
+const snapshotOf = (cut: VolumeCut__Output): { name: string; unixMs: number } => ({
+  name: cut.snapshot_name,
+  unixMs: Number(cut.snapshot_unix_ms),
+});
+
+/** The layer that freezes under `top`, as the grant tells it. */
+function frozenOf(spec: VolumeSpec, top: LayerSpec): LayerSpec {
+  const frozen = spec.layers.find((layer) => layer.layerId === top.parentLayerId);
+  if (frozen === undefined) {
+    throw new HoldfastError(
+      'STALE',
+      `The grant of volume ${spec.uuid} does not have layer ${top.parentLayerId}, on which layer ${top.layerId} shall stand.`,
+    );
+  }
+  return frozen;
+}
+
+function cutResult(
+  cut: VolumeCut__Output,
+  volumeId: bigint,
+  frozen: LayerSpec,
+  heldMicroseconds: number,
+): VolumeCutResult {
+  const claimed = [...slabsOf(frozen.slabs)].map(({ slab, generation }) =>
+    claimedToWire({ volumeId, layerId: frozen.layerId, slab, generation }),
+  );
+  return {
+    volume_uuid: cut.volume_uuid,
+    size_bytes: frozen.sizeBytes.toString(),
+    claimed,
+    held_us: Math.round(heldMicroseconds).toString(),
+  };
 }

@@ -6,11 +6,14 @@
 import { randomUUID } from 'node:crypto';
 import type {
   Authority,
+  ByteRange,
+  CutReport,
   Engine,
   EngineEvent,
   EngineOptions,
   Heartbeat,
   LayerRecord,
+  LayerSpec,
   LeaseState,
   NativeModule,
   OpenPoolOptions,
@@ -19,6 +22,7 @@ import type {
   PoolInfo,
   SlabOwner,
   SlabRun,
+  StripReport,
   VolumeRecord,
   VolumeSpec,
 } from '@holdfast/native';
@@ -55,21 +59,92 @@ export class FakeDisk {
   readonly locks = new Map<string, FakePool>();
   readonly owners = new Map<bigint, SlabOwner>();
   readonly wiped: bigint[] = [];
+  readonly layers = new Map<bigint, LayerRecord>();
+  /** What stripLayers() was asked for, and what it answers. */
+  readonly stripped: { victims: bigint[]; covers: bigint[] }[] = [];
+  stripReport: StripReport = { emptied: [], clearedBlocks: 0n, uses: [] };
+  readonly wipedLayers: { layerId: bigint; tombstone: boolean }[] = [];
+  /** What readChanges() finds. */
+  changes: ByteRange[] = [];
+
+  slabsOf(layerId: bigint): SlabRun[] {
+    return [...this.owners.values()]
+      .filter((owner) => owner.layerId === layerId)
+      .map(({ slab, generation }) => ({ first: slab, count: 1, generation }));
+  }
 }
 
 export class FakeVolume implements OpenVolume {
-  readonly spec: VolumeSpec;
+  spec: VolumeSpec;
   readonly export;
   readonly #pool: FakePool;
   size: bigint;
   busy = false;
   state: 'open' | 'revoked' | 'closed' = 'open';
+  writes: 'go on' | 'held' | 'expired' = 'go on';
+  #holding: NodeJS.Timeout | undefined;
+  /** A cut that fails, and leaves the old top. */
+  failNextCut = false;
+  failNextClose = false;
+  readonly forgotten: SlabRun[] = [];
 
-  constructor(pool: FakePool, spec: VolumeSpec) {
+  constructor(pool: FakePool, spec: VolumeSpec, device = true) {
     this.#pool = pool;
     this.spec = spec;
     this.size = spec.sizeBytes;
-    this.export = { frontend: 'fuse' as const, devicePath: `/dev/fake-${spec.volumeId}`, reason: 'fake' };
+    this.export = {
+      frontend: 'fuse' as const,
+      devicePath: device ? `/dev/fake-${spec.volumeId}` : '',
+      reason: 'fake',
+    };
+  }
+
+  async hold(timeoutMs: number): Promise<void> {
+    if (this.writes === 'held') throw failure('BUSY', 'held');
+    this.writes = 'held';
+    this.#holding = setTimeout(() => {
+      this.writes = 'expired';
+    }, timeoutMs);
+  }
+  async release(): Promise<void> {
+    clearTimeout(this.#holding);
+    this.writes = 'go on';
+  }
+  async cut(top: LayerSpec, snapshot: { name: string; unixMs: number }): Promise<CutReport> {
+    const [now, below] = this.spec.layers;
+    if (now === undefined) throw new Error('no layer');
+    if (now.layerId === top.layerId && below !== undefined) {
+      return { frozen: { ...below, slabs: this.#pool.disk.slabsOf(below.layerId) }, heldMicroseconds: 0 };
+    }
+    if (this.writes === 'expired') throw failure('HOLD_EXPIRED', 'held for too long');
+    if (this.failNextCut) {
+      this.failNextCut = false;
+      throw failure('IO', 'the layer record could not be written');
+    }
+    if (top.parentLayerId !== now.layerId) throw failure('INVALID_ARGUMENT', 'not on top of the top');
+    const frozen = { ...now, frozen: true, sizeBytes: this.size };
+    this.spec = { ...this.spec, layers: [top, frozen, ...this.spec.layers.slice(1)] };
+    this.writeLayer(frozen, 'frozen', snapshot.name);
+    this.writeLayer(top, 'writable');
+    this.#record(this.state === 'open' ? 'open' : 'closed');
+    await this.release();
+    return { frozen: { ...frozen, slabs: this.#pool.disk.slabsOf(frozen.layerId) }, heldMicroseconds: 1500 };
+  }
+  async forgetSlabs(slabs: SlabRun[]): Promise<void> {
+    this.forgotten.push(...slabs);
+  }
+
+  writeLayer(layer: LayerSpec, state: LayerRecord['state'], snapshotName = ''): void {
+    this.#pool.disk.layers.set(layer.layerId, {
+      slot: layer.slot,
+      layerId: layer.layerId,
+      parentLayerId: layer.parentLayerId,
+      volumeId: this.spec.volumeId,
+      sizeBytes: layer.sizeBytes,
+      birth: layer.birth,
+      state,
+      snapshotName,
+    });
   }
 
   /** The first writes to `count` slabs' worth of new places. */
@@ -103,6 +178,9 @@ export class FakeVolume implements OpenVolume {
   }
 
   opened(): void {
+    if (this.spec.readOnly) return;
+    const [top] = this.spec.layers;
+    if (top !== undefined) this.writeLayer(top, 'writable');
     this.#record('open');
   }
 
@@ -111,12 +189,16 @@ export class FakeVolume implements OpenVolume {
   }
   async close(): Promise<void> {
     if (this.busy) throw failure('BUSY', 'mounted');
-    this.#record('closed');
+    if (this.failNextClose) {
+      this.failNextClose = false;
+      throw failure('IO', 'the record could not be written');
+    }
+    if (!this.spec.readOnly) this.#record('closed');
     this.state = 'closed';
     this.#pool.remove(this);
   }
   async revoke(): Promise<void> {
-    if (this.state === 'open') this.#record('closed');
+    if (this.state === 'open' && !this.spec.readOnly) this.#record('closed');
     this.state = 'revoked';
   }
   async detach(): Promise<void> {
@@ -151,6 +233,9 @@ export class FakePool implements Pool {
   readonly emit: (event: EngineEvent) => void;
   lease: LeaseState = 'valid';
   failNextOpen = false;
+  /** Of the volume that is opened next. */
+  failNextCut = false;
+  failNextClose = false;
   #volumes: FakeVolume[] = [];
   #stock: SlabRun[] = [];
   full = 0;
@@ -194,10 +279,17 @@ export class FakePool implements Pool {
   remove(volume: FakeVolume): void {
     this.#volumes = this.#volumes.filter((v) => v !== volume);
   }
-  async openVolume(spec: VolumeSpec): Promise<OpenVolume> {
+  async openVolume(spec: VolumeSpec, options: { device?: boolean } = {}): Promise<OpenVolume> {
     const record = this.disk.records.get(spec.slot);
     if (record !== undefined && record.epoch >= spec.epoch) throw failure('STALE', 'the record is newer');
-    const volume = new FakeVolume(this, spec);
+    if (record !== undefined && record.topLayerId !== spec.layers[0]?.layerId) {
+      throw failure('STALE', `the record's top is layer ${record.topLayerId}`);
+    }
+    const volume = new FakeVolume(this, spec, options.device ?? true);
+    volume.failNextCut = this.failNextCut;
+    volume.failNextClose = this.failNextClose;
+    this.failNextCut = false;
+    this.failNextClose = false;
     volume.opened();
     if (this.failNextOpen) {
       this.failNextOpen = false;
@@ -290,6 +382,32 @@ export class FakePool implements Pool {
     }
   }
 
+  async stripLayers(victims: LayerSpec[], covers: LayerSpec[]): Promise<StripReport> {
+    this.disk.stripped.push({
+      victims: victims.map((layer) => layer.layerId),
+      covers: covers.map((layer) => layer.layerId),
+    });
+    return this.disk.stripReport;
+  }
+  async wipeLayers(layers: { layerId: bigint; slabs: SlabRun[] }[], tombstone: boolean): Promise<void> {
+    for (const { layerId, slabs } of layers) {
+      this.disk.wipedLayers.push({ layerId, tombstone });
+      for (const { first } of slabs) this.disk.owners.delete(first);
+      const record = this.disk.layers.get(layerId);
+      if (tombstone && record !== undefined) this.disk.layers.set(layerId, { ...record, state: 'deleted' });
+    }
+  }
+  async readChanges(
+    _layers: LayerSpec[],
+    _sizeBytes: bigint,
+    startingOffset: bigint,
+    maxRanges: number,
+  ): Promise<{ ranges: ByteRange[]; nextOffset: bigint }> {
+    const left = this.disk.changes.filter((range) => range.offset >= startingOffset);
+    const ranges = left.slice(0, maxRanges);
+    return { ranges, nextOffset: left[ranges.length]?.offset ?? 0n };
+  }
+
   setLease(state: LeaseState, message: string): void {
     this.lease = state;
     if (state === 'stopped') this.#beat('stopped');
@@ -380,7 +498,7 @@ export class FakeNative implements NativeModule {
     return [...this.disk.records.values()];
   }
   async readLayerRecords(): Promise<LayerRecord[]> {
-    return [];
+    return [...this.disk.layers.values()];
   }
   async lockIsFree(path: string): Promise<boolean> {
     return !this.disk.locks.has(path);

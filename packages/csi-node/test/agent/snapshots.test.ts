@@ -1,0 +1,506 @@
+/** What the agent does with the orders that snapshots are made of, on an engine in memory. */
+import { randomUUID } from 'node:crypto';
+import { credentials } from '@grpc/grpc-js';
+import { call, createLogger } from '@holdfast/common';
+import { holdfast, type Grant, type Layer, type NodeAgentClient, type VolumeCut } from '@holdfast/proto';
+import { TestArea, waitFor } from '@holdfast/testing';
+import { afterEach, beforeEach, describe, expect, it } from 'vitest';
+import type { FileSystemFreezer, Frozen } from '../../src/agent/freeze.ts';
+import { loadIdentity, startAgent, type Agent } from '../../src/agent/index.ts';
+import { FakeDisk, FakeNative, type FakeVolume } from './fake-native.ts';
+import { ScriptedService } from './scripted-service.ts';
+
+const logger = createLogger('test');
+if (process.env['HOLDFAST_LOG_LEVEL'] === undefined) logger.level = 'silent';
+
+const SIZE = 1 << 30;
+
+/** Notes what is frozen, and thaws in time as the real one does. */
+class FakeFreezer implements FileSystemFreezer {
+  readonly frozen = new Set<string>();
+  readonly log: string[] = [];
+  failFor = '';
+  async freeze(device: string, timeoutMs: number): Promise<Frozen> {
+    if (device === this.failFor) throw new Error('busy writing back');
+    this.frozen.add(device);
+    this.log.push(`freeze ${device}`);
+    const thaw = async (): Promise<void> => {
+      clearTimeout(timer);
+      if (this.frozen.delete(device)) this.log.push(`thaw ${device}`);
+    };
+    const timer = setTimeout(() => void thaw(), timeoutMs);
+    const holds = (): boolean => this.frozen.has(device);
+    return {
+      get holds() {
+        return holds();
+      },
+      thaw,
+    };
+  }
+  async thawLeftOver(): Promise<void> {
+    this.log.push('thaw left over');
+  }
+}
+
+describe('snapshot orders', () => {
+  let area: TestArea;
+  let disk: FakeDisk;
+  let service: ScriptedService;
+  let native: FakeNative;
+  let freezer: FakeFreezer;
+  let agent: Agent;
+  let api: NodeAgentClient;
+
+  const startTheAgent = async (): Promise<void> => {
+    agent = await startAgent({
+      stateDir: area.path('node'),
+      socket: `unix:${area.path('agent.sock')}`,
+      keeperSocket: 'none',
+      metadata: service.address,
+      identity: loadIdentity(area.path('node'), 'node-1', {
+        machineId: '1'.repeat(32),
+        bootId: '2'.repeat(32),
+      }),
+      devices: [disk.path],
+      lockDir: area.path('locks'),
+      maxVolumes: 8,
+      logger,
+      native,
+      freezer,
+      rescanMs: 100,
+    });
+  };
+
+  beforeEach(async () => {
+    area = await TestArea.create('agent-snapshots');
+    disk = new FakeDisk();
+    service = new ScriptedService(disk);
+    await service.start();
+    native = new FakeNative(disk);
+    freezer = new FakeFreezer();
+    await startTheAgent();
+    api = new holdfast.NodeAgent(`unix:${area.path('agent.sock')}`, credentials.createInsecure());
+    await waitFor('the pool', async () => {
+      const { pools } = await call(api, api.GetAgentInfo, {});
+      return pools[0]?.lease === 'valid' ? true : undefined;
+    });
+  });
+  afterEach(async () => {
+    api.close();
+    await agent.handOver();
+    await service.stop();
+    await area.dispose();
+  });
+
+  const layer = (id: number, parent = 0, over: Partial<Layer> = {}): Layer => ({
+    layer_id: String(id),
+    slot: id,
+    parent_layer_id: String(parent),
+    birth: String(id),
+    size_bytes: String(SIZE),
+    frozen: false,
+    slabs: [],
+    ...over,
+  });
+  let nextVolume = 1;
+  const grantOf = (layers: Layer[], over: Partial<Grant> = {}): Grant => {
+    const id = nextVolume++;
+    return {
+      volume_uuid: randomUUID(),
+      volume_id: String(id),
+      slot: id,
+      name: `v${id}`,
+      size_bytes: String(SIZE),
+      epoch: '5',
+      layers,
+      parameters: {},
+      ...over,
+    };
+  };
+  const open = async (grant: Grant, publishId = 'p1'): Promise<FakeVolume> => {
+    const uuid = grant.volume_uuid ?? '';
+    service.grants.set(uuid, grant);
+    await call(api, api.OpenVolume, {
+      pool_uuid: disk.info.uuid,
+      volume_uuid: uuid,
+      publish_id: publishId,
+      read_only: grant.read_only ?? false,
+    });
+    return native.pool.volume(uuid);
+  };
+  const claim = async (volume: FakeVolume, count: number): Promise<string[]> => {
+    await waitFor('slabs ahead', () => (native.pool.stock().length > 0 ? true : undefined));
+    return volume.claim(count).map(String);
+  };
+  const cutOf = (grant: Grant, top: Layer, over: Partial<VolumeCut> = {}): VolumeCut => ({
+    volume_uuid: grant.volume_uuid ?? '',
+    epoch: grant.epoch ?? '',
+    top,
+    snapshot_name: 'snap-1',
+    snapshot_unix_ms: '1000',
+    ...over,
+  });
+  const cut = (cuts: VolumeCut[], over: object = {}) =>
+    service.order({ cut_volumes: { cuts, hold_timeout_ms: 2000, ...over } });
+  const hold = (cutId: string, grants: Grant[], over: object = {}) =>
+    service.order({
+      hold_volumes: {
+        cut_id: cutId,
+        volumes: grants.map(({ volume_uuid, epoch }) => ({ volume_uuid, epoch })),
+        hold_timeout_ms: 2000,
+        ...over,
+      },
+    });
+  const heldAfterReconnect = async () => {
+    service.held = [];
+    service.breakSession();
+    return waitFor('the next hello', () => (service.held.length > 0 ? service.held : undefined));
+  };
+
+  it('cuts an open volume: all slabs of the frozen layer go into the answer, and the new top holds only its own', async () => {
+    const grant = grantOf([layer(10)]);
+    const volume = await open(grant);
+    const old = await claim(volume, 2);
+    const result = await cut([cutOf(grant, layer(11, 10))]);
+    expect(result).toMatchObject({ error_code: '', result: 'cut' });
+    const [answer] = result.cut?.volumes ?? [];
+    expect(answer).toMatchObject({
+      volume_uuid: grant.volume_uuid,
+      size_bytes: String(SIZE),
+      held_us: '1500',
+    });
+    expect(answer?.claimed.map((slab) => [slab.slab, slab.layer_id, slab.volume_id])).toEqual(
+      old.map((slab) => [slab, '10', grant.volume_id]),
+    );
+    expect(disk.layers.get(10n)).toMatchObject({ state: 'frozen', snapshotName: 'snap-1' });
+    const fresh = await claim(volume, 1);
+    const [held] = await heldAfterReconnect();
+    expect(held?.claimed.map((slab) => [slab.slab, slab.layer_id])).toEqual(
+      fresh.map((slab) => [slab, '11']),
+    );
+    await waitFor('every claim is reported', () => (service.reported.length === 3 ? true : undefined));
+    expect(new Set(service.reported.map((slab) => `${slab.slab}/${slab.layer_id}`))).toEqual(
+      new Set([...old.map((slab) => `${slab}/10`), ...fresh.map((slab) => `${slab}/11`)]),
+    );
+  });
+
+  it('takes a repeated cut, by the same or a new order, for done', async () => {
+    const grant = grantOf([layer(10)]);
+    const volume = await open(grant);
+    const slabs = await claim(volume, 1);
+    const request = { cut_volumes: { cuts: [cutOf(grant, layer(11, 10))], hold_timeout_ms: 2000 } };
+    for (const id of ['one', 'one', 'two']) {
+      const result = await service.order(request, id);
+      expect(result.cut?.volumes[0]?.claimed.map((slab) => slab.slab)).toEqual(slabs);
+    }
+    expect(volume.spec.layers.map((each) => each.layerId)).toEqual([11n, 10n]);
+  });
+
+  it('says why a cut failed, and the volume goes on under its old top', async () => {
+    const grant = grantOf([layer(10)]);
+    const volume = await open(grant);
+    volume.failNextCut = true;
+    expect(await cut([cutOf(grant, layer(11, 10))])).toMatchObject({ error_code: 'HF_IO' });
+    const slabs = await claim(volume, 1);
+    expect((await heldAfterReconnect())[0]?.claimed.map((slab) => slab.layer_id)).toEqual(['10']);
+    expect((await cut([cutOf(grant, layer(11, 10))])).cut?.volumes[0]?.claimed[0]?.slab).toBe(slabs[0]);
+  });
+
+  it('refuses another epoch than the one it is open under, and what is not open', async () => {
+    const grant = grantOf([layer(10)]);
+    await open(grant);
+    expect(await cut([cutOf(grant, layer(11, 10), { epoch: '4' })])).toMatchObject({ error_code: 'STALE' });
+    const other = grantOf([layer(20)]);
+    expect(await cut([cutOf(other, layer(21, 20))])).toMatchObject({ error_code: 'UNKNOWN_VOLUME' });
+    expect(disk.layers.has(11n)).toBe(false);
+  });
+
+  it('refuses a cut whose giver is not the one that the disk names', async () => {
+    const grant = grantOf([layer(10)]);
+    await open(grant);
+    disk.authority = { store: service.storeId, incarnation: 1n, term: 2n, unclaimed: false };
+    expect(await cut([cutOf(grant, layer(11, 10))])).toMatchObject({ error_code: 'STALE' });
+    expect(disk.layers.has(11n)).toBe(false);
+  });
+
+  describe('of a closed volume', () => {
+    const slabs = [{ first: '7', count: 2, generation: '3' }];
+
+    it('opens it under the grant without a device, cuts, closes, and gives the grant back with the answer', async () => {
+      const grant = grantOf([layer(10, 0, { slabs })]);
+      disk.owners.set(7n, { slab: 7n, layerId: 10n, volumeId: 1n, generation: 3n, state: 'claimed' });
+      disk.owners.set(8n, { slab: 8n, layerId: 10n, volumeId: 1n, generation: 3n, state: 'claimed' });
+      const result = await cut([cutOf(grant, layer(11, 10), { epoch: '0', grant })]);
+      expect(result.cut?.volumes[0]).toMatchObject({ epoch: '5', size_bytes: String(SIZE) });
+      expect(result.cut?.volumes[0]?.claimed.map((slab) => slab.slab)).toEqual(['7', '8']);
+      expect(disk.records.get(grant.slot ?? 0)).toMatchObject({
+        state: 'closed',
+        epoch: 5n,
+        topLayerId: 11n,
+      });
+      expect(native.pool.volumes()).toEqual([]);
+      expect((await call(api, api.ListOpenVolumes, {})).volumes).toEqual([]);
+      expect(service.returned).toEqual([]);
+      // The answer was lost, and the order comes again under the same grant.
+      const again = await cut([cutOf(grant, layer(11, 10), { epoch: '0', grant })]);
+      expect(again.cut?.volumes[0]).toMatchObject({ epoch: '5' });
+      expect(again.cut?.volumes[0]?.claimed.map((slab) => slab.slab)).toEqual(['7', '8']);
+      // Or under a newer one, whose chain does not know of the cut yet.
+      const newer = { ...grant, epoch: '6' };
+      expect((await cut([cutOf(newer, layer(11, 10), { grant: newer })])).cut?.volumes[0]).toMatchObject({
+        epoch: '6',
+      });
+      expect(disk.records.get(grant.slot ?? 0)).toMatchObject({
+        state: 'closed',
+        epoch: 6n,
+        topLayerId: 11n,
+      });
+    });
+
+    it('returns the grant by itself when it fails, and nothing stays open', async () => {
+      const grant = grantOf([layer(10)]);
+      native.pool.failNextCut = true;
+      expect(await cut([cutOf(grant, layer(11, 10), { grant })])).toMatchObject({ error_code: 'HF_IO' });
+      expect(disk.records.get(grant.slot ?? 0)).toMatchObject({
+        state: 'closed',
+        epoch: 5n,
+        topLayerId: 10n,
+      });
+      await waitFor('the return', () => (service.returned.length === 1 ? true : undefined));
+      expect(service.returned[0]).toMatchObject({ volume_uuid: grant.volume_uuid, epoch: '5' });
+      expect(native.pool.volumes()).toEqual([]);
+    });
+
+    it('closes by force what can not be closed politely', async () => {
+      const grant = grantOf([layer(10)]);
+      native.pool.failNextClose = true;
+      expect((await cut([cutOf(grant, layer(11, 10), { grant })])).cut?.volumes[0]?.epoch).toBe('5');
+      expect(disk.records.get(grant.slot ?? 0)).toMatchObject({ state: 'closed', topLayerId: 11n });
+      expect(native.pool.volumes()).toEqual([]);
+    });
+
+    it('never opens under a grant that was revoked, nor one that is open here', async () => {
+      const grant = grantOf([layer(10)]);
+      await service.order({ revoke: { volume_uuid: grant.volume_uuid ?? '', epoch: '5' } });
+      expect(await cut([cutOf(grant, layer(11, 10), { grant })])).toMatchObject({ error_code: 'STALE' });
+      const second = grantOf([layer(20)]);
+      await open(second);
+      const newer = { ...second, epoch: '6' };
+      expect(await cut([cutOf(second, layer(21, 20), { grant: newer })])).toMatchObject({
+        error_code: 'STALE',
+      });
+      expect([disk.layers.has(11n), disk.layers.has(21n)]).toEqual([false, false]);
+    });
+  });
+
+  describe('of a group', () => {
+    let one: Grant;
+    let two: Grant;
+    let volumes: FakeVolume[];
+    beforeEach(async () => {
+      [one, two] = [grantOf([layer(10)]), grantOf([layer(20)])];
+      volumes = [await open(one), await open(two)];
+    });
+    const cuts = (): VolumeCut[] => [cutOf(one, layer(11, 10)), cutOf(two, layer(21, 20))];
+
+    it('holds all, cuts all, and lets go', async () => {
+      expect((await hold('g', [one, two])).error_code).toBe('');
+      expect(volumes.map((volume) => volume.writes)).toEqual(['held', 'held']);
+      const result = await cut(cuts(), { cut_id: 'g' });
+      expect(result.cut?.volumes.map((volume) => volume.volume_uuid).sort()).toEqual(
+        [one.volume_uuid, two.volume_uuid].sort(),
+      );
+      expect(volumes.map((volume) => volume.writes)).toEqual(['go on', 'go on']);
+      // Another order for the same cut: what was cut is cut, also when nothing is held any more.
+      expect((await cut(cuts(), { cut_id: 'g' })).cut?.volumes).toHaveLength(2);
+    });
+
+    it('cuts nothing when the hold is over, was released, or never was', async () => {
+      for (const prepare of [
+        async () => undefined,
+        async () => {
+          await hold('g', [one, two]);
+          await service.order({ release_volumes: { cut_id: 'g' } });
+          await service.order({ release_volumes: { cut_id: 'g' } });
+        },
+        async () => {
+          await hold('g', [one, two], { hold_timeout_ms: 50 });
+          await waitFor('the end of the hold', () =>
+            volumes.every((volume) => volume.writes === 'go on') ? true : undefined,
+          );
+        },
+        async () => void (await hold('g', [one])),
+      ]) {
+        await prepare();
+        expect(await cut(cuts(), { cut_id: 'g' })).toMatchObject({ error_code: 'HF_HOLD_EXPIRED' });
+        expect(disk.layers.has(11n) || disk.layers.has(21n)).toBe(false);
+        await service.order({ release_volumes: { cut_id: 'g' } });
+      }
+    });
+
+    it('lets all go when one can not be held', async () => {
+      await volumes[1]?.hold(5000);
+      expect(await hold('g', [one, two])).toMatchObject({ error_code: 'HF_BUSY' });
+      await waitFor('the first to go on', () => (volumes[0]?.writes === 'go on' ? true : undefined));
+      await volumes[1]?.release();
+    });
+
+    it('lets go of what it holds when it stops', async () => {
+      await hold('g', [one, two], { quiesce: true, hold_timeout_ms: 60_000 });
+      expect(freezer.frozen.size).toBe(2);
+      await agent.handOver();
+      expect(volumes.map((volume) => volume.writes)).toEqual(['go on', 'go on']);
+      expect(freezer.frozen.size).toBe(0);
+      await startTheAgent();
+      expect(freezer.log.at(-1)).toBe('thaw left over');
+    });
+  });
+
+  describe('with quiesce', () => {
+    it('freezes the file system before writes are held, and thaws it after the cut', async () => {
+      const grant = grantOf([layer(10)]);
+      const volume = await open(grant);
+      const device = volume.export.devicePath;
+      expect((await cut([cutOf(grant, layer(11, 10))], { quiesce: true })).error_code).toBe('');
+      await waitFor('the thaw', () => (freezer.frozen.size === 0 ? true : undefined));
+      expect(freezer.log.slice(1)).toEqual([`freeze ${device}`, `thaw ${device}`]);
+    });
+
+    it('thaws when the cut fails, when the freeze of another one fails, and when nobody cuts', async () => {
+      const [one, two] = [grantOf([layer(10)]), grantOf([layer(20)])];
+      const volume = await open(one);
+      const other = await open(two);
+      const thawed = () => waitFor('the thaw', () => (freezer.frozen.size === 0 ? true : undefined));
+      volume.failNextCut = true;
+      expect(await cut([cutOf(one, layer(11, 10))], { quiesce: true })).toMatchObject({
+        error_code: 'HF_IO',
+      });
+      await thawed();
+      freezer.failFor = other.export.devicePath;
+      expect(await hold('g', [one, two], { quiesce: true })).toMatchObject({ error_code: 'INTERNAL' });
+      await thawed();
+      expect(volume.writes).toBe('go on');
+      freezer.failFor = '';
+      await hold('g', [one, two], { quiesce: true, hold_timeout_ms: 80 });
+      expect(freezer.frozen.size).toBe(2);
+      await thawed();
+      expect(await cut([cutOf(one, layer(11, 10))], { cut_id: 'g', quiesce: true })).toMatchObject({
+        error_code: 'HF_HOLD_EXPIRED',
+      });
+    });
+  });
+
+  it('knows the new top of a volume that was cut before the agent was taken over', async () => {
+    const grant = grantOf([layer(10)]);
+    const volume = await open(grant);
+    await claim(volume, 1);
+    await cut([cutOf(grant, layer(11, 10))]);
+    await agent.handOver();
+    service.held = [];
+    await startTheAgent();
+    const [held] = await waitFor('the hello', () => (service.held.length > 0 ? service.held : undefined));
+    expect(held).toMatchObject({ volume_uuid: grant.volume_uuid, epoch: '5', claimed: [] });
+    expect((await cut([cutOf(grant, layer(11, 10))])).cut?.volumes[0]?.claimed).toHaveLength(1);
+  });
+
+  it('opens a reader without a record, reports no slab for it, and returns it', async () => {
+    const top = layer(10, 0, { slabs: [{ first: '7', count: 1, generation: '3' }] });
+    const grant = grantOf([top], { read_only: true });
+    await open(grant);
+    expect(disk.records.size).toBe(0);
+    expect((await heldAfterReconnect())[0]).toMatchObject({ epoch: '5', claimed: [] });
+    await expect(
+      call(api, api.ResizeVolume, { volume_uuid: grant.volume_uuid ?? '', size_bytes: String(2 * SIZE) }),
+    ).rejects.toMatchObject({ code: 'FAILED_PRECONDITION' });
+    await call(api, api.CloseVolume, { volume_uuid: grant.volume_uuid ?? '' });
+    await waitFor('the return', () => (service.returned.length === 1 ? true : undefined));
+    expect(service.returned[0]).toMatchObject({ epoch: '5', claimed: [] });
+  });
+
+  it('forgets slabs of frozen layers, and has nothing to forget where nothing is open', async () => {
+    const grant = grantOf([layer(11, 10), layer(10)]);
+    const volume = await open(grant);
+    const forget = (epoch: string) =>
+      service.order({
+        forget_slabs: {
+          volume_uuid: grant.volume_uuid ?? '',
+          epoch,
+          slabs: [{ first: '7', count: 2, generation: '3' }],
+        },
+      });
+    expect((await forget('5')).error_code).toBe('');
+    expect(volume.forgotten).toEqual([{ first: 7n, count: 2, generation: 3n }]);
+    expect((await forget('4')).error_code).toBe('');
+    await call(api, api.CloseVolume, { volume_uuid: grant.volume_uuid ?? '' });
+    expect((await forget('5')).error_code).toBe('');
+    expect(volume.forgotten).toHaveLength(1);
+  });
+
+  it('strips, wipes and reads changes as it is told, and answers with what the engine found', async () => {
+    disk.stripReport = {
+      emptied: [{ first: 3n, count: 2, generation: 9n }],
+      clearedBlocks: 17n,
+      uses: [{ layerId: 10n, liveBlocks: 5n, slabs: 1n }],
+    };
+    const strip = await service.order({
+      strip_layers: { victims: [layer(10)], covers: [layer(12), layer(11)] },
+    });
+    expect(disk.stripped).toEqual([{ victims: [10n], covers: [12n, 11n] }]);
+    expect(strip.strip).toEqual({
+      emptied: [{ first: '3', count: 2, generation: '9' }],
+      cleared_blocks: '17',
+      uses: [{ layer_id: '10', live_blocks: '5', slabs: '1' }],
+    });
+    const wipe = { layers: [layer(10)], tombstone: true };
+    for (let i = 0; i < 2; i++) await service.order({ wipe_layers: wipe }, 'wipe');
+    expect(disk.wipedLayers).toEqual([{ layerId: 10n, tombstone: true }]);
+    for (const order of [
+      { strip_layers: { victims: [layer(9)], covers: [], generation: '7' } },
+      { wipe_layers: { layers: [layer(9)], generation: '7' } },
+      { wipe_volume: { volume_id: '9', layers: [layer(9)], generation: '7' } },
+    ]) {
+      expect(await service.order(order)).toMatchObject({ error_code: 'STALE' });
+    }
+    expect([disk.stripped.length, disk.wipedLayers.length, disk.wiped.length]).toEqual([1, 1, 0]);
+    disk.changes = [0n, 1n, 2n].map((n) => ({ offset: n << 20n, length: 4096n }));
+    const read = (from: bigint) =>
+      service.order({
+        read_changes: {
+          target: [layer(11)],
+          size_bytes: String(SIZE),
+          starting_offset: String(from),
+          max_ranges: 2,
+        },
+      });
+    expect((await read(0n)).changes).toEqual({
+      ranges: [
+        { offset: '0', length: '4096' },
+        { offset: String(1 << 20), length: '4096' },
+      ],
+      next_offset: String(2 << 20),
+    });
+    expect((await read(2n << 20n)).changes).toMatchObject({ next_offset: '0' });
+  });
+
+  it('reads a volume record with its chain, through the tombstones of stripped layers', async () => {
+    const grant = grantOf([layer(10)]);
+    const volume = await open(grant);
+    for (const id of [11, 12]) await cut([cutOf(grant, layer(id, id - 1))]);
+    const [, middle] = volume.spec.layers;
+    if (middle !== undefined) volume.writeLayer(middle, 'deleted');
+    for (const query of [{ slot: grant.slot ?? 0 }, { volume_uuid: grant.volume_uuid ?? '' }]) {
+      const { volume_record } = await service.order({ read_volume_record: query });
+      expect(volume_record).toMatchObject({
+        found: true,
+        state: 'open',
+        epoch: '5',
+        uuid: grant.volume_uuid,
+        top_layer_id: '12',
+      });
+      expect(volume_record?.layers.map((each) => [each.layer_id, each.frozen])).toEqual([
+        ['12', false],
+        ['10', true],
+      ]);
+    }
+  });
+});
