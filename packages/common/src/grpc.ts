@@ -8,6 +8,8 @@ import {
   Metadata,
   status,
   type ChannelOptions,
+  type ClientReadableStream,
+  type handleServerStreamingCall,
   type handleUnaryCall,
   type ServerOptions,
   type ServerUnaryCall,
@@ -150,6 +152,55 @@ export function unary<Req, Res>(
   };
 }
 
+/**
+ * A handler that answers with a stream, from an async generator. It is read no faster than the client takes it, and it is
+ * ended (its `finally` runs) when the client goes away.
+ */
+export function serverStream<Req, Res>(
+  logger: Logger,
+  method: string,
+  body: (request: Req, context: CallContext) => AsyncIterable<Res>,
+): handleServerStreamingCall<Req, Res> {
+  return (call) => {
+    const abort = new AbortController();
+    let wake: () => void = () => undefined;
+    call.on('cancelled', () => {
+      abort.abort();
+      wake();
+    });
+    call.on('drain', () => wake());
+    const deadline = Number(call.getDeadline());
+    const timeLeftMs = (): number | undefined =>
+      Number.isFinite(deadline) ? Math.max(0, deadline - Date.now()) : undefined;
+    const started = performance.now();
+    const send = async (): Promise<void> => {
+      const context = { signal: abort.signal, metadata: call.metadata, timeLeftMs };
+      for await (const message of body(call.request, context)) {
+        if (abort.signal.aborted) return;
+        if (call.write(message)) continue;
+        await new Promise<void>((resolve) => {
+          wake = resolve;
+          if (abort.signal.aborted) resolve();
+        });
+        if (abort.signal.aborted) return;
+      }
+    };
+    send().then(
+      () => {
+        logger.debug({ method, ms: Math.round(performance.now() - started) }, 'call');
+        call.end();
+      },
+      (error: unknown) => {
+        if (abort.signal.aborted) return; // nobody listens any more
+        const failed = toGrpcStatus(error);
+        const level = failed.code === status.INTERNAL || failed.code === status.UNKNOWN ? 'error' : 'info';
+        logger[level]({ method, code: status[failed.code] }, failed.details);
+        call.emit('error', failed);
+      },
+    );
+  };
+}
+
 type UnaryMethod<Req, Res> = (
   request: Req,
   metadata: Metadata,
@@ -202,4 +253,32 @@ export function call<Res>(
     if (options.signal?.aborted === true) active.cancel();
     options.signal?.addEventListener('abort', () => active.cancel(), { once: true });
   });
+}
+
+/**
+ * The messages of a server stream. Leaving the loop early cancels the call.
+ * @throws the HoldfastError that the server threw.
+ */
+export async function* stream<Req, Res>(
+  client: object,
+  method: (request: Req, metadata: Metadata, options: object) => ClientReadableStream<Res>,
+  request: NoInfer<Req>,
+  options: CallOptions = {},
+): AsyncGenerator<Res> {
+  const deadline =
+    options.timeoutMs === undefined ? {} : { deadline: new Date(Date.now() + options.timeoutMs) };
+  const active = method.call(client, request, options.metadata ?? new Metadata(), deadline);
+  const cancel = (): void => active.cancel();
+  options.signal?.addEventListener('abort', cancel, { once: true });
+  if (options.signal?.aborted === true) cancel();
+  try {
+    for await (const message of active) yield message as Res;
+  } catch (error) {
+    throw isServiceError(error) ? fromServiceError(error) : error;
+  } finally {
+    options.signal?.removeEventListener('abort', cancel);
+    // What a cancelled call says afterwards is nobody's concern.
+    active.on('error', () => undefined);
+    cancel();
+  }
 }

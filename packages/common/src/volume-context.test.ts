@@ -14,6 +14,14 @@ describe('volume context', () => {
     expect(parseVolumeContext(context)).toEqual(volume);
   });
 
+  it('names the source of a copy, and none for a volume that was made empty', () => {
+    for (const source of [{ sourceSnapshotUuid: 's' }, { sourceVolumeUuid: 'v' }]) {
+      expect(parseVolumeContext(volumeContext({ ...volume, ...source }))).toEqual({ ...volume, ...source });
+    }
+    const empty = { ...volume, sourceSnapshotUuid: '', sourceVolumeUuid: '' };
+    expect(parseVolumeContext(volumeContext(empty))).toEqual(volume);
+  });
+
   it('is undefined where there is none of ours', () => {
     expect(parseVolumeContext({ 'storage.kubernetes.io/csiProvisionerIdentity': 'x' })).toBeUndefined();
   });

@@ -1,12 +1,20 @@
 /**
  * The `volume_context` of a volume: what a PersistentVolume keeps, so that a volume which was never opened (it holds no
  * data and has no record on its pool) can be known again to a metadata service that lost it. A volume that was opened
- * comes back from its record on the pool; then the context only says which pool to ask.
+ * comes back from its record on the pool; then the context only says which pool to ask. A volume that was made from another
+ * one names its source: nothing of it is on the disk before its first open, and to make it anew as an empty one would
+ * lose what it shows.
  */
 import { HoldfastError } from './errors.ts';
 
 const prefix = 'holdfast.io/';
-const keys = { pool: `${prefix}pool`, name: `${prefix}name`, size: `${prefix}size-bytes` } as const;
+const keys = {
+  pool: `${prefix}pool`,
+  name: `${prefix}name`,
+  size: `${prefix}size-bytes`,
+  sourceSnapshot: `${prefix}source-snapshot`,
+  sourceVolume: `${prefix}source-volume`,
+} as const;
 const parameterPrefix = `${prefix}parameter.`;
 
 export interface VolumeContext {
@@ -14,6 +22,9 @@ export interface VolumeContext {
   name: string;
   sizeBytes: bigint;
   parameters: Record<string, string>;
+  /** UUIDs; absent for a volume that was made empty. */
+  sourceSnapshotUuid?: string;
+  sourceVolumeUuid?: string;
 }
 
 export function volumeContext(volume: VolumeContext): Record<string, string> {
@@ -21,6 +32,8 @@ export function volumeContext(volume: VolumeContext): Record<string, string> {
     [keys.pool]: volume.poolUuid,
     [keys.name]: volume.name,
     [keys.size]: volume.sizeBytes.toString(),
+    ...(volume.sourceSnapshotUuid ? { [keys.sourceSnapshot]: volume.sourceSnapshotUuid } : {}),
+    ...(volume.sourceVolumeUuid ? { [keys.sourceVolume]: volume.sourceVolumeUuid } : {}),
     ...Object.fromEntries(
       Object.entries(volume.parameters).map(([key, value]) => [parameterPrefix + key, value]),
     ),
@@ -46,5 +59,13 @@ export function parseVolumeContext(context: Readonly<Record<string, string>>): V
       .filter(([key]) => key.startsWith(parameterPrefix))
       .map(([key, value]) => [key.slice(parameterPrefix.length), value]),
   );
-  return { poolUuid, name, sizeBytes: BigInt(size), parameters };
+  const { [keys.sourceSnapshot]: snapshot, [keys.sourceVolume]: volume } = context;
+  return {
+    poolUuid,
+    name,
+    sizeBytes: BigInt(size),
+    parameters,
+    ...(snapshot ? { sourceSnapshotUuid: snapshot } : {}),
+    ...(volume ? { sourceVolumeUuid: volume } : {}),
+  };
 }

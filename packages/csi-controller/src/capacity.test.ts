@@ -1,5 +1,5 @@
 import { describe, expect, it } from 'vitest';
-import { sizeForCreate, sizeForExpand } from './capacity.ts';
+import { sizeForCopy, sizeForCreate, sizeForExpand } from './capacity.ts';
 
 const MIB = 1n << 20n;
 const range = (required: bigint, limit = 0n) => ({ required_bytes: `${required}`, limit_bytes: `${limit}` });
@@ -34,6 +34,17 @@ describe('sizeForCreate', () => {
   it('refuses negative sizes', () => {
     expect(() => sizeForCreate(range(-1n), 'ext4')).toThrow(
       expect.objectContaining({ code: 'INVALID_ARGUMENT' }),
+    );
+  });
+});
+
+describe('sizeForCopy', () => {
+  it('is never smaller than the source, and larger where that is asked for', () => {
+    expect(sizeForCopy(null, 5n * MIB)).toEqual({ sizeBytes: 5n * MIB, limitBytes: 0n });
+    expect(sizeForCopy(range(MIB), 5n * MIB).sizeBytes).toBe(5n * MIB);
+    expect(sizeForCopy(range(5n * MIB + 1n), 5n * MIB).sizeBytes).toBe(6n * MIB);
+    expect(() => sizeForCopy(range(0n, 4n * MIB), 5n * MIB)).toThrow(
+      expect.objectContaining({ code: 'OUT_OF_RANGE' }),
     );
   });
 });

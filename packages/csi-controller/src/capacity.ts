@@ -60,6 +60,22 @@ export function sizeForCreate(range: Csi.CapacityRange__Output | null, use: File
   return { sizeBytes, limitBytes: limit };
 }
 
+/**
+ * A copy has at least its source's bytes: one that asks for fewer gets these, because "required" says how many at least.
+ * @throws OUT_OF_RANGE where the limit is lower than the source.
+ */
+export function sizeForCopy(range: Csi.CapacityRange__Output | null, leastBytes: bigint): SizeRange {
+  const { required, limit } = readRange(range);
+  const sizeBytes = max(roundUp(required), leastBytes);
+  if (limit > 0n && sizeBytes > limit) {
+    throw new HoldfastError(
+      'OUT_OF_RANGE',
+      `A copy has at least the ${leastBytes} bytes of its source, in whole MiB, and the limit is ${limit} bytes. Raise limit_bytes to ${sizeBytes}.`,
+    );
+  }
+  return { sizeBytes, limitBytes: limit };
+}
+
 /** @throws INVALID_ARGUMENT without a required size, OUT_OF_RANGE where the rounded size passes the limit. */
 export function sizeForExpand(range: Csi.CapacityRange__Output | null): SizeRange {
   const { required, limit } = readRange(range);

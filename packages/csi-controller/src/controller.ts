@@ -3,7 +3,6 @@
  * (ABORTED when another call has it), make one idempotent call to the metadata service, translate the answer. What the
  * service refuses carries the right gRPC code already.
  */
-import { createHash } from 'node:crypto';
 import {
   csiUnary,
   csiUnimplemented,
@@ -11,6 +10,7 @@ import {
   formatHandle,
   HoldfastError,
   InFlight,
+  isReaderMode,
   parseHandle,
   poolsOfTopology,
   poolTopology,
@@ -27,43 +27,38 @@ import {
   type FileSystem,
   type Logger,
 } from '@holdfast/common';
-import type { AccessMode, Csi, Known, Pool__Output, Volume__Output } from '@holdfast/proto';
-import { sizeForCreate, sizeForExpand } from './capacity.ts';
+import type {
+  AccessMode,
+  CreateVolumeRequest,
+  Csi,
+  Known,
+  Pool__Output,
+  Volume__Output,
+} from '@holdfast/proto';
+import { sizeForCopy, sizeForCreate, sizeForExpand } from './capacity.ts';
 import { volumeCondition } from './condition.ts';
+import { contentSource, isMadeFrom, sourceOf, type ContentSource } from './content-source.ts';
 import type { MetadataApi } from './metadata-client.ts';
+import { requireName, storedName } from './names.ts';
 import { isAccessible, placementGroups, poolNamed } from './placement.ts';
-
-/** The specification's general limit for strings. */
-const MAX_NAME_BYTES = 128;
-/** What a volume record on disk has room for. */
-const MAX_STORED_NAME_BYTES = 127;
-
-/** The name that the service keeps: a longer one is cut, and its digest keeps it one of a kind. */
-function storedName(name: string): string {
-  if (Buffer.byteLength(name) <= MAX_STORED_NAME_BYTES) return name;
-  const digest = createHash('sha256').update(name).digest('hex');
-  // Whole characters only: a cut one would decode to something else.
-  const head = Buffer.from(name)
-    .subarray(0, MAX_STORED_NAME_BYTES - digest.length - 1)
-    .toString()
-    .replace(/\uFFFD+$/, '');
-  return `${head}-${digest}`;
-}
+import { SnapshotService } from './snapshots.ts';
 
 const capabilities = [
   'CREATE_DELETE_VOLUME',
   'PUBLISH_UNPUBLISH_VOLUME',
   'LIST_VOLUMES',
   'GET_CAPACITY',
+  'CREATE_DELETE_SNAPSHOT',
+  'LIST_SNAPSHOTS',
+  'CLONE_VOLUME',
   'PUBLISH_READONLY',
   'EXPAND_VOLUME',
   'LIST_VOLUMES_PUBLISHED_NODES',
   'VOLUME_CONDITION',
   'GET_VOLUME',
   'SINGLE_NODE_MULTI_WRITER',
+  'GET_SNAPSHOT',
 ] as const;
-
-const noSnapshots = 'this version cuts no snapshots.';
 
 /** The volume as CSI shows it. */
 function toCsiVolume(volume: Volume__Output): Csi.Volume {
@@ -75,16 +70,19 @@ function toCsiVolume(volume: Volume__Output): Csi.Volume {
       name: volume.name,
       sizeBytes: BigInt(volume.size_bytes),
       parameters: volume.parameters,
+      sourceSnapshotUuid: volume.source_snapshot_uuid,
+      sourceVolumeUuid: volume.source_volume_uuid,
     }),
+    ...sourceOf(volume),
     accessible_topology: [{ segments: poolTopology([volume.pool_uuid]) }],
   };
 }
 
-/** The one use that a list of capabilities and the parameters agree on. */
+/** The one use that a list of capabilities and the parameters agree on; undefined: a mount, of whatever it may be. */
 function intendedUse(
   wanted: readonly Capability[],
   fsParameter: FileSystem | undefined,
-): FileSystem | 'block' {
+): FileSystem | 'block' | undefined {
   const named = new Set(wanted.flatMap((capability) => capability.fsType ?? []));
   if (fsParameter !== undefined) named.add(fsParameter);
   if (named.size > 1) {
@@ -95,7 +93,16 @@ function intendedUse(
   }
   const mounts = wanted.some((capability) => capability.accessType === 'mount');
   if (!mounts) return 'block';
-  return [...named][0] ?? DEFAULT_FILE_SYSTEM;
+  return [...named][0];
+}
+
+/** @throws INVALID_ARGUMENT for a volume that nobody could ever put something into. */
+function refuseEmptyForReaders(wanted: readonly Capability[]): void {
+  if (wanted.some((capability) => capability.mode !== 'MULTI_NODE_READER_ONLY')) return;
+  throw new HoldfastError(
+    'INVALID_ARGUMENT',
+    'Access mode MULTI_NODE_READER_ONLY (ReadOnlyMany) alone needs a content source: an empty volume that nobody may write stays empty. Make it from a snapshot or a volume (dataSource), or add a writing mode.',
+  );
 }
 
 export class ControllerService {
@@ -128,10 +135,7 @@ export class ControllerService {
         'ControllerModifyVolume',
         'volumes have no attributes that may change after creation.',
       ),
-      CreateSnapshot: csiUnimplemented(log, 'CreateSnapshot', noSnapshots),
-      DeleteSnapshot: csiUnimplemented(log, 'DeleteSnapshot', noSnapshots),
-      ListSnapshots: csiUnimplemented(log, 'ListSnapshots', noSnapshots),
-      GetSnapshot: csiUnimplemented(log, 'GetSnapshot', noSnapshots),
+      ...new SnapshotService(this.#metadata, this.#inFlight).handlers(log),
     };
   }
 
@@ -139,13 +143,7 @@ export class ControllerService {
     request: Csi.CreateVolumeRequest__Output,
     context: CallContext,
   ): Promise<Csi.CreateVolumeResponse> {
-    requireField(request.name, 'name');
-    if (Buffer.byteLength(request.name) > MAX_NAME_BYTES) {
-      throw new HoldfastError(
-        'INVALID_ARGUMENT',
-        `The name has ${Buffer.byteLength(request.name)} bytes; at most ${MAX_NAME_BYTES} are allowed. Shorten it.`,
-      );
-    }
+    requireName(request.name);
     if (request.volume_capabilities.length === 0) {
       throw new HoldfastError(
         'INVALID_ARGUMENT',
@@ -159,31 +157,36 @@ export class ControllerService {
         `mutable_parameters (${Object.keys(request.mutable_parameters).join(', ')}) are not offered: volumes have no attributes that may change after creation.`,
       );
     }
-    if (request.volume_content_source !== null) {
-      throw new HoldfastError(
-        'INVALID_ARGUMENT',
-        `A volume can't be made from a ${request.volume_content_source.type ?? 'source'}: ${noSnapshots} Create an empty one and copy the data.`,
-      );
-    }
     const parameters = readParameters(request.parameters);
     const use = intendedUse(wanted, parameters.fsType);
-    const { sizeBytes, limitBytes } = sizeForCreate(request.capacity_range, use);
+    if (request.volume_content_source === null) refuseEmptyForReaders(wanted);
     const kept: Record<string, string> = {};
-    if (use !== 'block') kept[volumeParameterKeys.fsType] = use;
+    // A copy has its source's file system; the service compares one that is asked for.
+    const fsType = use ?? (request.volume_content_source === null ? DEFAULT_FILE_SYSTEM : undefined);
+    if (fsType !== undefined && fsType !== 'block') kept[volumeParameterKeys.fsType] = fsType;
     if (parameters.mkfsOptions.length > 0) {
       kept[volumeParameterKeys.mkfsOptions] = parameters.mkfsOptions.join(' ');
     }
+    const empty =
+      request.volume_content_source === null
+        ? sizeForCreate(request.capacity_range, fsType ?? 'block')
+        : undefined;
     return this.#inFlight.run([`the volume named ${request.name}`], async () => {
+      const copy = await this.#copy(request, context);
+      const { sizeBytes, limitBytes } = empty ?? sizeForCopy(request.capacity_range, copy?.sizeBytes ?? 0n);
       const pool =
         parameters.pool === undefined
           ? undefined
           : poolNamed(await this.#metadata.listPools(context), parameters.pool);
-      const groups = placementGroups(request.accessibility_requirements, pool);
+      if (copy !== undefined) refuseOtherPool(request, copy, pool);
+      const groups =
+        copy === undefined ? placementGroups(request.accessibility_requirements, pool) : [[copy.poolUuid]];
       const volume = await this.#createInFirst(groups, context, {
         name: storedName(request.name),
         size_bytes: sizeBytes.toString(),
         limit_bytes: limitBytes.toString(),
         parameters: kept,
+        ...copy?.request,
       });
       if (!isAccessible(request.accessibility_requirements, volume.pool_uuid)) {
         throw new HoldfastError(
@@ -201,11 +204,33 @@ export class ControllerService {
     });
   }
 
+  /** The source of a copy. One that is there already, made by an earlier call, does not need its source any more. */
+  async #copy(
+    request: Csi.CreateVolumeRequest__Output,
+    context: CallContext,
+  ): Promise<ContentSource | undefined> {
+    const source = request.volume_content_source;
+    if (source === null) return undefined;
+    const existing = await this.#metadata.volumeNamed(storedName(request.name), context);
+    if (existing === undefined || !isMadeFrom(existing, source)) {
+      return contentSource(this.#metadata, source, context);
+    }
+    return {
+      poolUuid: existing.pool_uuid,
+      // The source may have grown meanwhile; what was asked for then is asked for now.
+      sizeBytes: BigInt(request.capacity_range?.required_bytes ?? 0) > 0n ? 0n : BigInt(existing.size_bytes),
+      request:
+        existing.source_snapshot_uuid === ''
+          ? { source_volume_uuid: existing.source_volume_uuid }
+          : { source_snapshot_uuid: existing.source_snapshot_uuid },
+    };
+  }
+
   /** The preferred pools first; the next group only where one is full. */
   async #createInFirst(
     groups: readonly string[][],
     context: CallContext,
-    request: { name: string; size_bytes: string; limit_bytes: string; parameters: Record<string, string> },
+    request: Omit<CreateVolumeRequest, 'request_id' | 'pool_uuids'>,
   ): Promise<Volume__Output> {
     let full: unknown;
     for (const group of groups) {
@@ -240,7 +265,7 @@ export class ControllerService {
     requireField(request.node_id, 'node_id');
     const capability = readCapability(request.volume_capability);
     const handle = requireHandle(request.volume_id);
-    const readOnly = request.readonly || capability.mode === 'SINGLE_NODE_READER_ONLY';
+    const readOnly = request.readonly || isReaderMode(capability.mode);
     return this.#inFlight.run([`volume ${request.volume_id}`], async () => {
       const publishId = await this.#metadata.publishVolume(
         {
@@ -418,6 +443,26 @@ export class ControllerService {
       );
     }
     return volume;
+  }
+}
+
+/** A copy shares its source's data, so it is on its pool. @throws INVALID_ARGUMENT, RESOURCE_EXHAUSTED */
+function refuseOtherPool(
+  request: Csi.CreateVolumeRequest__Output,
+  copy: ContentSource,
+  pool: Pool__Output | undefined,
+): void {
+  if (pool !== undefined && pool.uuid !== copy.poolUuid) {
+    throw new HoldfastError(
+      'INVALID_ARGUMENT',
+      `The source is on pool ${copy.poolUuid}, and parameter "pool" names ${pool.name} (${pool.uuid}). A copy shares its source's data: use a StorageClass of that pool.`,
+    );
+  }
+  if (!isAccessible(request.accessibility_requirements, copy.poolUuid)) {
+    throw new HoldfastError(
+      'TOO_MANY',
+      `The source is on pool ${copy.poolUuid}, and no node in the accessibility requirements reaches it. Allow a node that does.`,
+    );
   }
 }
 

@@ -1,9 +1,11 @@
-/** Starts the controller plugin: Identity and Controller on one socket. For main.ts and for embedding. */
+/** Starts the controller plugin: Identity, Controller, GroupController and SnapshotMetadata on one socket. For main.ts and for embedding. */
 import type { ChannelCredentials } from '@grpc/grpc-js';
 import { createLogger, identityHandlers, readyOnce, serve, type Logger } from '@holdfast/common';
 import { csi } from '@holdfast/proto';
 import { ControllerService } from './controller.ts';
+import { GroupService } from './groups.ts';
 import { MetadataApi } from './metadata-client.ts';
+import { SnapshotMetadataService } from './snapshot-metadata.ts';
 
 export interface ControllerOptions {
   /** `unix:/path/controller.sock` */
@@ -36,6 +38,8 @@ export async function startController(options: ControllerOptions): Promise<Runni
         ),
       );
       grpc.addService(csi.Controller.service, controller.handlers());
+      grpc.addService(csi.GroupController.service, new GroupService(metadata).handlers(logger));
+      grpc.addService(csi.SnapshotMetadata.service, new SnapshotMetadataService(metadata).handlers(logger));
     });
     logger.info({ endpoint: server.address, metadata: options.metadata }, 'CSI controller serves');
     return {

@@ -1,4 +1,4 @@
-/** What a workload may ask of a volume: access modes that one writer allows, file systems, and sane mount options. */
+/** What a workload may ask of a volume: access modes with one writer or none, file systems, and sane mount options. */
 import type { Csi } from '@holdfast/proto';
 import { HoldfastError } from '../errors.ts';
 
@@ -9,6 +9,7 @@ export const DEFAULT_FILE_SYSTEM: FileSystem = 'ext4';
 export type AccessModeName =
   | 'SINGLE_NODE_WRITER'
   | 'SINGLE_NODE_READER_ONLY'
+  | 'MULTI_NODE_READER_ONLY'
   | 'SINGLE_NODE_SINGLE_WRITER'
   | 'SINGLE_NODE_MULTI_WRITER';
 
@@ -24,9 +25,11 @@ const oneWriter =
   'Two nodes that write one block device destroy its file system, so a Holdfast volume has one writing node. ' +
   'Use ReadWriteOnce or ReadWriteOncePod; for ReadWriteMany put a file server on top of a volume.';
 
+/** Nobody writes under these, whatever else the request says. */
+export const isReaderMode = (mode: AccessModeName): boolean =>
+  mode === 'SINGLE_NODE_READER_ONLY' || mode === 'MULTI_NODE_READER_ONLY';
+
 const refusedModes: Record<string, string> = {
-  MULTI_NODE_READER_ONLY:
-    'Access mode MULTI_NODE_READER_ONLY (ReadOnlyMany) reads from a frozen layer, and this version cuts no snapshots. Use ReadWriteOnce.',
   MULTI_NODE_SINGLE_WRITER: `Access mode MULTI_NODE_SINGLE_WRITER is not offered. ${oneWriter}`,
   MULTI_NODE_MULTI_WRITER: `Access mode MULTI_NODE_MULTI_WRITER (ReadWriteMany) is not offered. ${oneWriter}`,
 };
@@ -69,6 +72,7 @@ export function readCapability(
   if (
     mode !== 'SINGLE_NODE_WRITER' &&
     mode !== 'SINGLE_NODE_READER_ONLY' &&
+    mode !== 'MULTI_NODE_READER_ONLY' &&
     mode !== 'SINGLE_NODE_SINGLE_WRITER' &&
     mode !== 'SINGLE_NODE_MULTI_WRITER'
   ) {
@@ -126,7 +130,7 @@ const refusedFlags: Record<string, string> = {
   logdev: 'a volume is one device',
   rtdev: 'a volume is one device',
   degraded: 'a volume is one device',
-  nouuid: 'it would mount a copy of another file system beside it',
+  nouuid: 'it is set where an xfs volume is mounted, so that clones can stand beside each other',
   noload: 'it is set where a volume is published read-only',
   norecovery: 'it is set where a volume is published read-only',
   'errors=continue': 'errors that are not reported become lost data',

@@ -2,8 +2,14 @@ import type { Csi } from '@holdfast/proto';
 import { describe, expect, it } from 'vitest';
 import { checkMountFlags, readCapability } from './capability.ts';
 import { poolsOfTopology, poolTopology } from './driver.ts';
-import { formatHandle, parseHandle, requireHandle } from './handle.ts';
-import { readMkfsOptions, readParameters } from './parameters.ts';
+import {
+  formatHandle,
+  formatSnapshotHandle,
+  parseHandle,
+  requireHandle,
+  requireSnapshotHandle,
+} from './handle.ts';
+import { readMkfsOptions, readParameters, readSnapshotParameters } from './parameters.ts';
 
 const a = '11111111-2222-3333-4444-555555555555';
 const b = 'aaaaaaaa-bbbb-cccc-dddd-eeeeeeeeeeee';
@@ -34,6 +40,35 @@ describe('volume handles', () => {
   });
 });
 
+describe('snapshot parameters', () => {
+  it('are quiesce and what the sidecars add', () => {
+    expect(
+      readSnapshotParameters({
+        'holdfast.io/quiesce': 'true',
+        'csi.storage.k8s.io/volumesnapshot/name': 's',
+        'csi.storage.k8s.io/volumegroupsnapshotcontent/name': 'g',
+      }),
+    ).toEqual({ 'holdfast.io/quiesce': 'true' });
+    expect(readSnapshotParameters({ 'holdfast.io/quiesce': 'false' })).toEqual({});
+    expect(readSnapshotParameters({})).toEqual({});
+    expect(() => readSnapshotParameters({ 'holdfast.io/quiesce': 'yes' })).toThrow(/"true" or "false"/);
+    expect(() => readSnapshotParameters({ quiesce: 'true' })).toThrow(/Known: holdfast.io\/quiesce/);
+  });
+});
+
+describe('snapshot handles', () => {
+  it('are NOT_FOUND when they can be none of ours', () => {
+    const handle = formatSnapshotHandle({ poolUuid: a, snapshotUuid: b });
+    expect(requireSnapshotHandle(handle, 'snapshot_id')).toEqual({ poolUuid: a, snapshotUuid: b });
+    expect(() => requireSnapshotHandle('', 'snapshot_id')).toThrow(
+      expect.objectContaining({ code: 'INVALID_ARGUMENT' }),
+    );
+    expect(() => requireSnapshotHandle('x', 'snapshot_id')).toThrow(
+      expect.objectContaining({ code: 'NOT_FOUND' }),
+    );
+  });
+});
+
 describe('pool topology', () => {
   it('ignores keys that are not ours and values that are not "true"', () => {
     const segments = {
@@ -46,29 +81,26 @@ describe('pool topology', () => {
 });
 
 describe('readCapability', () => {
-  it('takes every mode of one writing node', () => {
+  it('takes every mode with one writing node or none', () => {
     const modes: Mode[] = [
       'SINGLE_NODE_WRITER',
       'SINGLE_NODE_READER_ONLY',
+      'MULTI_NODE_READER_ONLY',
       'SINGLE_NODE_SINGLE_WRITER',
       'SINGLE_NODE_MULTI_WRITER',
     ];
     for (const mode of modes) expect(readCapability(mount(mode)).mode).toBe(mode);
   });
 
-  it('refuses several nodes with a sentence and the code that the caller asks for', () => {
-    for (const mode of [
-      'MULTI_NODE_MULTI_WRITER',
-      'MULTI_NODE_SINGLE_WRITER',
-      'MULTI_NODE_READER_ONLY',
-    ] as Mode[]) {
+  it('refuses several writing nodes with a sentence and the code that the caller asks for', () => {
+    for (const mode of ['MULTI_NODE_MULTI_WRITER', 'MULTI_NODE_SINGLE_WRITER'] as Mode[]) {
       expect(() => readCapability(mount(mode))).toThrow(
         expect.objectContaining({ code: 'INVALID_ARGUMENT' }),
       );
       expect(() => readCapability(mount(mode), 'FAILED_PRECONDITION')).toThrow(
         expect.objectContaining({
           code: 'FAILED_PRECONDITION',
-          message: expect.stringContaining('Use ReadWriteOnce'),
+          message: expect.stringContaining('Use ReadWriteOnce') as unknown,
         }),
       );
     }

@@ -25,6 +25,8 @@ export function identityHandlers(
       capabilities: [
         { service: { type: 'CONTROLLER_SERVICE' } },
         { service: { type: 'VOLUME_ACCESSIBILITY_CONSTRAINTS' } },
+        { service: { type: 'GROUP_CONTROLLER_SERVICE' } },
+        { service: { type: 'SNAPSHOT_METADATA_SERVICE' } },
         { volume_expansion: { type: 'ONLINE' } },
       ],
     })),

@@ -1,4 +1,4 @@
-/** StorageClass parameters: which there are, what they may say, and what of them goes with the volume. */
+/** Parameters of storage and snapshot classes: which there are, what they may say, and what of them is kept. */
 import { HoldfastError } from '../errors.ts';
 import { fileSystemNamed, type FileSystem } from './capability.ts';
 
@@ -74,4 +74,40 @@ export function readMkfsOptions(text: string): string[] {
     );
   }
   return words;
+}
+
+/** Snapshot class: "true" freezes the mounted file system around the cut. */
+export const QUIESCE = 'holdfast.io/quiesce';
+
+/** Said by csi-snapshotter with --extra-create-metadata. */
+const ignoredOfSnapshots = [
+  'csi.storage.k8s.io/volumesnapshot/name',
+  'csi.storage.k8s.io/volumesnapshot/namespace',
+  'csi.storage.k8s.io/volumesnapshotcontent/name',
+  'csi.storage.k8s.io/volumegroupsnapshot/name',
+  'csi.storage.k8s.io/volumegroupsnapshot/namespace',
+  'csi.storage.k8s.io/volumegroupsnapshotcontent/name',
+];
+
+/**
+ * What of a snapshot class's parameters goes to the metadata service.
+ * @throws INVALID_ARGUMENT naming the known ones.
+ */
+export function readSnapshotParameters(parameters: Readonly<Record<string, string>>): Record<string, string> {
+  for (const [key, value] of Object.entries(parameters)) {
+    if (ignoredOfSnapshots.includes(key)) continue;
+    if (key !== QUIESCE) {
+      throw new HoldfastError(
+        'INVALID_ARGUMENT',
+        `Unknown parameter "${key}". Known: ${QUIESCE}. Correct the VolumeSnapshotClass.`,
+      );
+    }
+    if (value !== 'true' && value !== 'false') {
+      throw new HoldfastError(
+        'INVALID_ARGUMENT',
+        `Parameter "${key}" is "${value}". Give "true" or "false" in the VolumeSnapshotClass.`,
+      );
+    }
+  }
+  return parameters[QUIESCE] === 'true' ? { [QUIESCE]: 'true' } : {};
 }
