@@ -136,6 +136,29 @@ describe('the CSI node plugin', () => {
       expect(await sum()).toBe(before);
     });
 
+    it('mounts a copy beside its source, and grows a larger copy at its first stage', async () => {
+      const volume = await agent.addVolume(SIZE);
+      const capability = mountCapability(fsType);
+      await client.stage(volume, staging, capability);
+      await writeFile(`${staging}/data`, 'of the source');
+      await execa('sync', ['-f', staging]);
+      const copy = await agent.addVolume(2 * SIZE);
+      await execa('cp', ['--sparse=always', agent.file(volume), agent.file(copy)]);
+      await truncate(agent.file(copy), 2 * SIZE);
+      const beside = area.path('copy');
+      await client.stage(copy, beside, capability);
+      expect(await readFile(`${beside}/data`, 'utf8')).toBe('of the source');
+      const { blocks, bsize } = await statfs(beside);
+      expect(blocks * bsize).toBeGreaterThan(1.7 * SIZE);
+      await writeFile(`${beside}/data`, 'of the copy');
+      // The other way round: the source is mounted when the copy is there.
+      await client.unstage(volume, staging);
+      await client.stage(volume, staging, capability);
+      expect(await readFile(`${staging}/data`, 'utf8')).toBe('of the source');
+      await client.unstage(copy, beside);
+      await takeDown(volume);
+    });
+
     it('refuses a read-only mount where the journal has to be replayed, and replays it when writable', async () => {
       const volume = await agent.addVolume(SIZE);
       const capability = mountCapability(fsType);
@@ -151,6 +174,20 @@ describe('the CSI node plugin', () => {
       await expect(client.stage(crashed, staging, capability, { readOnly: true })).rejects.toEqual(
         code('FAILED_PRECONDITION', /journal/),
       );
+      // Many readers have no writer to do it: they see what was in its place, and write nothing.
+      const readers = mountCapability(fsType, 'MULTI_NODE_READER_ONLY');
+      const sum = async (): Promise<string> => (await execa('sha256sum', [agent.file(crashed)])).stdout;
+      const before = await sum();
+      await client.stage(crashed, staging, readers, { readOnly: true });
+      const second = area.path('pods', 'two', 'mount');
+      for (const path of [target, second, second]) await client.publish(crashed, staging, path, readers);
+      for (const path of [target, second, staging]) {
+        expect(await topAt(path)).toMatchObject({ options: expect.arrayContaining(['ro']) as unknown });
+        await expect(writeFile(`${path}/x`, 'x')).rejects.toThrow(/EROFS/);
+      }
+      expect((await client.stats(crashed, target)).volume_condition).toMatchObject({ abnormal: false });
+      await takeDown(crashed, target, second);
+      expect(await sum()).toBe(before);
       await client.stage(crashed, staging, capability);
       expect(await readFile(`${staging}/data`, 'utf8')).toBe('fsynced');
       await takeDown(crashed);
@@ -404,9 +441,9 @@ describe('the CSI node plugin', () => {
       await takeDown(volume, target);
     });
 
-    it('several nodes are refused', async () => {
+    it('several writing nodes are refused', async () => {
       const volume = await agent.addVolume(SIZE);
-      for (const mode of ['MULTI_NODE_MULTI_WRITER', 'MULTI_NODE_READER_ONLY'] as const) {
+      for (const mode of ['MULTI_NODE_MULTI_WRITER', 'MULTI_NODE_SINGLE_WRITER'] as const) {
         await expect(client.stage(volume, staging, mountCapability('ext4', mode))).rejects.toEqual(
           code('FAILED_PRECONDITION', /ReadWriteOnce/),
         );

@@ -1,6 +1,8 @@
 /** Publish and unpublish: bind mounts of the staged file system, or of the device node, where a workload expects them. */
 import {
   HoldfastError,
+  isReaderMode,
+  type AccessModeName,
   type CallContext,
   type Capability,
   type Logger,
@@ -19,6 +21,8 @@ import type { Step } from '../mount/step.ts';
 import type { AgentApi } from './agent-client.ts';
 import { sameCapability, type VolumeRecord, type VolumeRecords } from './records.ts';
 import type { StageRequest, Staging } from './staging.ts';
+
+const manyTargets: readonly AccessModeName[] = ['SINGLE_NODE_MULTI_WRITER', 'MULTI_NODE_READER_ONLY'];
 
 export interface PublishRequest extends StageRequest {
   readonly targetPath: string;
@@ -67,16 +71,19 @@ export class Publishing {
       }
     }
     this.#refuseSecondTarget(request, record, mounts);
+    // A mount point that says "writable" over a read-only file system would look like one that failed.
+    const bindReadOnly =
+      request.readOnly || record?.readOnly === true || isReaderMode(request.capability.mode);
     await this.#record(request, record, false);
     await step('publish:recorded');
     if (request.capability.accessType === 'block') {
       await makeTargetFile(request.targetPath);
       await step('publish:target-made');
-      await bindMount(device, request.targetPath, request.readOnly);
+      await bindMount(device, request.targetPath, bindReadOnly);
     } else {
       await makeDirectory(request.targetPath);
       await step('publish:target-made');
-      await bindMount(request.stagingPath, request.targetPath, request.readOnly);
+      await bindMount(request.stagingPath, request.targetPath, bindReadOnly);
     }
     await step('publish:bound');
     await this.#record(request, record, true);
@@ -143,7 +150,7 @@ export class Publishing {
     await unmountAll(request.targetPath, true);
   }
 
-  /** The specification's table: only SINGLE_NODE_MULTI_WRITER may have several targets. */
+  /** The specification's table: only SINGLE_NODE_MULTI_WRITER and the modes of several nodes may have several targets. */
   #refuseSecondTarget(
     request: PublishRequest,
     record: VolumeRecord | undefined,
@@ -154,13 +161,12 @@ export class Publishing {
     );
     const alone = others.find(
       ([, publication]) =>
-        publication.capability.mode !== 'SINGLE_NODE_MULTI_WRITER' ||
-        request.capability.mode !== 'SINGLE_NODE_MULTI_WRITER',
+        !manyTargets.includes(publication.capability.mode) || !manyTargets.includes(request.capability.mode),
     );
     if (alone === undefined) return;
     throw new HoldfastError(
       'FAILED_PRECONDITION',
-      `Volume ${request.volumeId} is published at ${alone[0]} with access mode ${alone[1].capability.mode}, and ${request.targetPath} asks for ${request.capability.mode}. Only SINGLE_NODE_MULTI_WRITER allows several targets; unpublish the other first.`,
+      `Volume ${request.volumeId} is published at ${alone[0]} with access mode ${alone[1].capability.mode}, and ${request.targetPath} asks for ${request.capability.mode}. Only ${manyTargets.join(' and ')} allow several targets; unpublish the other first.`,
     );
   }
 

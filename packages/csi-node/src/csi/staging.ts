@@ -4,6 +4,7 @@ import {
   fileSystemNamed,
   fileSystems,
   HoldfastError,
+  isReaderMode,
   parseVolumeContext,
   PUBLISH_ID,
   PUBLISH_READ_ONLY,
@@ -18,6 +19,7 @@ import {
 } from '@holdfast/common';
 import { join } from 'node:path';
 import {
+  besideCopies,
   checkBeforeMount,
   explainFailedMount,
   fileSystemSize,
@@ -86,8 +88,7 @@ export class Staging {
     }
     const wanted = this.#wantedFileSystem(request);
     const readOnly =
-      request.publishContext[PUBLISH_READ_ONLY] === 'true' ||
-      request.capability.mode === 'SINGLE_NODE_READER_ONLY';
+      request.publishContext[PUBLISH_READ_ONLY] === 'true' || isReaderMode(request.capability.mode);
     const record = await records.get(volumeUuid);
     if (record !== undefined && record.stagingPath !== request.stagingPath)
       await this.#refuseSecondPath(request, record);
@@ -308,7 +309,10 @@ export class Staging {
         'The mount option "rw" contradicts a read-only volume. Take it out of mountOptions in the StorageClass.',
       );
     }
-    const options = readOnly ? [...flags.filter((flag) => flag !== 'ro'), ...readOnlyOptions[wanted]] : flags;
+    const options = [
+      ...(readOnly ? [...flags.filter((flag) => flag !== 'ro'), ...readOnlyOptions[wanted]] : flags),
+      ...besideCopies[wanted],
+    ];
     await makeDirectory(request.stagingPath);
     const mounted = await mountDevice(device, request.stagingPath, wanted, options);
     if (mounted.exitCode !== 0) throw await explainFailedMount(device, wanted, said(mounted), flags);
@@ -346,12 +350,7 @@ export class Staging {
         );
       }
       if (!readOnly) await checkBeforeMount(device, wanted);
-      else if (await needsReplay(device, wanted)) {
-        throw new HoldfastError(
-          'FAILED_PRECONDITION',
-          `The journal of volume ${request.volumeId} has to be replayed, which a read-only publication can't do. Publish it writable once, then read-only.`,
-        );
-      }
+      else if (await needsReplay(device, wanted)) this.#withoutReplay(request);
       return;
     }
     if (readOnly) {
@@ -373,6 +372,23 @@ export class Staging {
         step,
       },
       content.kind === 'half-formatted',
+    );
+  }
+
+  /**
+   * Many readers have no writer that could replay the journal, now or later, so they see the file system as it was cut: as a
+   * quiesced snapshot it is whole. One reader alone can be staged writable before.
+   */
+  #withoutReplay(request: StageRequest): void {
+    if (request.capability.mode !== 'MULTI_NODE_READER_ONLY') {
+      throw new HoldfastError(
+        'FAILED_PRECONDITION',
+        `The journal of volume ${request.volumeId} has to be replayed, which a read-only publication can't do. Publish it writable once, then read-only.`,
+      );
+    }
+    this.#options.logger.warn(
+      { volume: request.volumeId },
+      'Mounted for readers without replaying its journal: what was not in its place when the snapshot was cut is missing. Snapshots taken with holdfast.io/quiesce lack nothing.',
     );
   }
 

@@ -66,6 +66,17 @@ export const readOnlyOptions: Record<FileSystem, readonly string[]> = {
 };
 
 /**
+ * Options that let a volume and its copies, which have one UUID, be mounted on one node. xfs refuses the second otherwise, and
+ * that may be the source as well as the copy, so every xfs volume has it; a new UUID would have to be written, which
+ * readers can't. ext4 does not look, and btrfs gives copies a UUID of their own while they are mounted (Linux 6.7).
+ */
+export const besideCopies: Record<FileSystem, readonly string[]> = {
+  ext4: [],
+  xfs: ['nouuid'],
+  btrfs: [],
+};
+
+/**
  * Before a writable mount. ext4: journal replay and what e2fsck calls safe repairs. xfs and btrfs replay when mounted and
  * are checked only when that fails (explainFailedMount).
  * @param fully even where the superblock says that it is clean.
