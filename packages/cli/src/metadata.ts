@@ -5,6 +5,7 @@ import {
   type MetadataClient,
   type Node__Output,
   type Pool__Output,
+  type Snapshot__Output,
   type Volume__Output,
 } from '@holdfast/proto';
 import { credentials } from '@grpc/grpc-js';
@@ -85,11 +86,35 @@ export class MetadataApi {
 
   /** By name, UUID, or handle ("<pool uuid>/<volume uuid>"). */
   async volume(word: string): Promise<Volume__Output> {
-    const uuid = /^(?:[0-9a-f-]{36}\/)?([0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12})$/.exec(
-      word,
-    )?.[1];
+    const uuid = uuidIn(word);
     return await this.run((c, ms) =>
       call(c, c.GetVolume, uuid === undefined ? { name: word } : { uuid }, { timeoutMs: ms }),
+    );
+  }
+
+  /** All of them, or those of one volume, page by page. */
+  async snapshots(sourceVolumeUuid = ''): Promise<Snapshot__Output[]> {
+    const snapshots: Snapshot__Output[] = [];
+    for (let token = ''; ; ) {
+      const page = await this.run((c, ms) =>
+        call(
+          c,
+          c.ListSnapshots,
+          { starting_token: token, source_volume_uuid: sourceVolumeUuid },
+          { timeoutMs: ms },
+        ),
+      );
+      snapshots.push(...page.snapshots);
+      if (page.next_token === '') return snapshots;
+      token = page.next_token;
+    }
+  }
+
+  /** By name, UUID, or handle ("<pool uuid>/<snapshot uuid>"). */
+  async snapshot(word: string): Promise<Snapshot__Output> {
+    const uuid = uuidIn(word);
+    return await this.run((c, ms) =>
+      call(c, c.GetSnapshot, uuid === undefined ? { name: word } : { uuid }, { timeoutMs: ms }),
     );
   }
 
@@ -110,6 +135,13 @@ export class MetadataApi {
       (n) => n.node_id,
     );
   }
+}
+
+/** The object's UUID in a UUID or a handle; undefined for a name. */
+function uuidIn(word: string): string | undefined {
+  return /^(?:[0-9a-f-]{36}\/)?([0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12})$/.exec(
+    word,
+  )?.[1];
 }
 
 function only<T>(found: readonly T[], word: string, what: string, id: (item: T) => string): T {

@@ -4,6 +4,7 @@ import { addAuditCommand } from './commands/audit.ts';
 import { addDevCommands } from './commands/dev.ts';
 import { addNodeCommands } from './commands/node.ts';
 import { addPoolCommands } from './commands/pool.ts';
+import { addSnapshotCommands } from './commands/snapshot.ts';
 import { addVolumeCommands } from './commands/volume.ts';
 
 export const cliVersion = '0.1.0';
@@ -21,6 +22,7 @@ export function buildProgram(): Command {
     .exitOverride();
   addPoolCommands(program);
   addVolumeCommands(program);
+  addSnapshotCommands(program);
   addNodeCommands(program);
   addAuditCommand(program);
   addDevCommands(program);

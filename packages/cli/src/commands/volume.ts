@@ -11,12 +11,33 @@ export function volumeView(volume: Volume__Output): Record<string, unknown> {
     ...(camelKeys(volume) as Record<string, unknown>),
     state: volume.state.toLowerCase(),
     grant: enumWord('GRANT_STATE', volume.grant),
+    readers: volume.readers.map((reader) => ({
+      ...(camelKeys(reader) as Record<string, unknown>),
+      grant: enumWord('GRANT_STATE', reader.grant),
+    })),
     publications: volume.publications.map((publication) => ({
       ...(camelKeys(publication) as Record<string, unknown>),
       accessMode: enumWord('ACCESS_MODE', publication.access_mode),
     })),
   };
 }
+
+function sourceOf(volume: Volume__Output): string {
+  if (volume.source_snapshot_uuid !== '') return `snapshot ${volume.source_snapshot_uuid}`;
+  return volume.source_volume_uuid === '' ? '-' : `volume ${volume.source_volume_uuid}`;
+}
+
+/** Slabs of its own layers, of layers that others need too, and how much of its own is only waiting to be freed. */
+function spaceOf(volume: Volume__Output): string {
+  const parts = [`${formatBytes(volume.own_bytes)} own`, `${formatBytes(volume.shared_bytes)} shared`];
+  if (BigInt(volume.reclaimable_bytes) > 0n) {
+    parts.push(`${formatBytes(volume.reclaimable_bytes)} reclaimable`);
+  }
+  return parts.join(', ');
+}
+
+/** Epoch: the pool's incarnation, and the counter within it. */
+const epochText = (epoch: string): string => `${BigInt(epoch) >> 40n}/${BigInt(epoch) & ((1n << 40n) - 1n)}`;
 
 async function list(_flags: unknown, command: Command): Promise<void> {
   const volumes = await withMetadata(command, (api) => api.volumes());
@@ -60,7 +81,10 @@ async function show(word: string, _flags: unknown, command: Command): Promise<vo
       ['Volume id', `${volume.volume_id} (slot ${volume.slot})`],
       ['State', volume.state.toLowerCase()],
       ['Size', `${formatBytes(volume.size_bytes)}, ${formatBytes(volume.allocated_bytes)} allocated`],
-      ['Epoch', `${BigInt(volume.epoch) >> 40n}/${BigInt(volume.epoch) & ((1n << 40n) - 1n)}`],
+      ['Space', spaceOf(volume)],
+      ['Chain', `${volume.layers.length} ${volume.layers.length === 1 ? 'layer' : 'layers'}`],
+      ['Made from', sourceOf(volume)],
+      ['Epoch', epochText(volume.epoch)],
       [
         'Grant',
         `${enumWord('GRANT_STATE', volume.grant)}${volume.granted_node_id === '' ? '' : ` at ${volume.granted_node_id}`}`,
@@ -86,6 +110,19 @@ async function show(word: string, _flags: unknown, command: Command): Promise<vo
           p.staged ? 'yes' : 'no',
           age(p.since_unix_ms),
           p.publish_id,
+        ]),
+      ),
+    );
+  }
+  if (volume.readers.length > 0) {
+    console.log();
+    console.log(
+      table(
+        ['READER', 'GRANT', 'EPOCH'],
+        volume.readers.map((reader) => [
+          reader.node_id,
+          enumWord('GRANT_STATE', reader.grant),
+          epochText(reader.epoch),
         ]),
       ),
     );
