@@ -13,6 +13,8 @@ interface Flags {
   tlsKey?: string;
   backup?: string;
   backupInterval: string;
+  overcommitLimit: string;
+  stripInterval: string;
 }
 
 const program = new Command('holdfast-metadata-service')
@@ -24,7 +26,17 @@ const program = new Command('holdfast-metadata-service')
   .option('--tls-cert <file>', 'certificate of this service')
   .option('--tls-key <file>', 'its key')
   .option('--backup <file>', 'write a consistent copy of the SQLite database to this file again and again')
-  .option('--backup-interval <seconds>', 'time between two copies', '300');
+  .option('--backup-interval <seconds>', 'time between two copies', '300')
+  .option(
+    '--overcommit-limit <ratio>',
+    'refuse volumes whose sizes would add up to more than this many times the pool; 0: no limit',
+    '0',
+  )
+  .option(
+    '--strip-interval <seconds>',
+    'shortest time between two looks at what deleted snapshots of a volume in use leave behind',
+    '30',
+  );
 
 function tlsFiles({ tlsCa, tlsCert, tlsKey }: Flags): TlsFiles | undefined {
   if (tlsCa === undefined && tlsCert === undefined && tlsKey === undefined) return undefined;
@@ -42,11 +54,19 @@ async function main(): Promise<void> {
   const intervalSeconds = Number(flags.backupInterval);
   if (!(intervalSeconds >= 1))
     program.error('error: --backup-interval takes a number of seconds, at least 1');
+  const overcommitLimit = Number(flags.overcommitLimit);
+  if (!(overcommitLimit >= 0) || !Number.isFinite(overcommitLimit))
+    program.error('error: --overcommit-limit takes a ratio, such as 3, or 0 for no limit');
+  const stripSeconds = Number(flags.stripInterval);
+  if (!(stripSeconds >= 1) || !Number.isFinite(stripSeconds))
+    program.error('error: --strip-interval takes a number of seconds, at least 1');
   const logger = createLogger('metadata-service');
   const service = await startMetadataService({
     listen: flags.listen,
     store: flags.store,
     logger,
+    overcommitLimit,
+    stripIntervalMs: stripSeconds * 1000,
     ...(flags.http === undefined ? {} : { http: flags.http }),
     ...(tls === undefined ? {} : { tls }),
   });

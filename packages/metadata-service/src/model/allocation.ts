@@ -2,7 +2,7 @@
 import { HoldfastError } from '@holdfast/common';
 import { audit, requireAuthority, requireLife, requirePool, stale, type Decision } from './decision.ts';
 import { sameLife } from './grant.ts';
-import { tables, type HostLife, type PoolRecord, type SlabRun } from './records.ts';
+import { tables, type HostLife, type PoolRecord, type SlabRun, type VolumeRecord } from './records.ts';
 import { countSlabs, findRun, normalized, without } from './runs.ts';
 import {
   addToLayer,
@@ -102,13 +102,16 @@ export function reconcileClaims(
   d: Decision,
   pool: PoolRecord,
   life: HostLife,
+  volume: VolumeRecord,
   claims: readonly Claim[],
 ): number {
   let misfits = 0;
   for (const [layerId, mine] of byLayer(claims)) {
     const held = aheadOf(d.tx, pool, life);
     const fresh = mine.filter((claim) => !layerHas(d.tx, pool, layerId, claim.slab, claim.generation));
-    const fitting = fresh.filter((claim) => findRun(held, claim.slab)?.generation === claim.generation);
+    const fitting = isTopOf(d, volume, layerId)
+      ? fresh.filter((claim) => findRun(held, claim.slab)?.generation === claim.generation)
+      : [];
     misfits += fresh.length - fitting.length;
     if (fitting.length > 0 && !claimAhead(d.tx, pool, life, layerId, runsOf(fitting)))
       misfits += fitting.length;
@@ -120,7 +123,20 @@ export function reconcileClaims(
 function isTop(d: Decision, pool: PoolRecord, life: HostLife, layerId: bigint): boolean {
   const layer = tables.layer.get(d.tx, pool.uuid, layerId);
   const volume = layer === undefined ? undefined : tables.volume.get(d.tx, layer.volumeUuid);
-  return volume !== undefined && volume.topLayerId === layerId && sameLife(volume.grant.holder, life);
+  return volume !== undefined && isTopOf(d, volume, layerId) && sameLife(volume.grant.holder, life);
+}
+
+/** The top on record, or the one that a cut under way puts there: its writer may know earlier than we that it has happened. */
+function isTopOf(d: Decision, volume: VolumeRecord, layerId: bigint): boolean {
+  return (
+    volume.topLayerId === layerId ||
+    tables.cutting.get(d.tx, volume.poolUuid, volume.uuid)?.topLayerId === layerId
+  );
+}
+
+/** Whether this life wrote the layer until it froze: what it had emptied before, it may give back after. */
+function froze(d: Decision, pool: PoolRecord, life: HostLife, layerId: bigint): boolean {
+  return sameLife(tables.layer.get(d.tx, pool.uuid, layerId)?.writer ?? null, life);
 }
 
 function notTop(pool: PoolRecord, life: HostLife, layerId: bigint): string {
@@ -163,8 +179,9 @@ export function returnSlabs(
     misfits.push(`${life.nodeId} does not hold all of the slabs that it returns`);
   }
   for (const [layerId, mine] of byLayer(emptied)) {
-    if (!isTop(d, pool, life, layerId)) misfits.push(notTop(pool, life, layerId));
-    else if (!freeFromLayer(d.tx, pool, layerId, runsOf(mine))) {
+    if (!isTop(d, pool, life, layerId) && !froze(d, pool, life, layerId)) {
+      misfits.push(notTop(pool, life, layerId));
+    } else if (!freeFromLayer(d.tx, pool, layerId, runsOf(mine))) {
       misfits.push(`layer ${layerId} does not have all of the slabs that ${life.nodeId} returns as emptied`);
     }
   }

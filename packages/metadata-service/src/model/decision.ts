@@ -23,6 +23,10 @@ export interface Decision {
   readonly audited: AuditEntry[];
   /** Why a pool's disk refuses this service now (another owner, a newer term); undefined: it does not. */
   refusal(poolUuid: string): string | undefined;
+  /** A stream of changed blocks reads this layer now. */
+  pinned(poolUuid: string, layerId: bigint): boolean;
+  /** Most provisioned bytes as a multiple of the pool's size; 0: no limit. */
+  readonly overcommitLimit: number;
 }
 
 /** Oldest audit records go when there are more than this. */

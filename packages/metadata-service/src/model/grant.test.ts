@@ -1,6 +1,6 @@
 /** The grant machine, every pair of state and event: what the table of DESIGN 6.7 names happens, everything else is STALE. */
 import { describe, expect, it } from 'vitest';
-import { stepGrant, type GrantEvent } from './grant.ts';
+import { isMaintenance, stepGrant, type GrantEvent } from './grant.ts';
 import type { GrantRecord, GrantState, HostLife } from './records.ts';
 
 const holder: HostLife = { hostId: 3, generation: 7n, nodeId: 'node-a' };
@@ -18,12 +18,15 @@ const stage = {
   publishCurrent: true,
   hostLive: true,
   readOnly: false,
+  blockedBy: '',
   nextEpoch: 11n,
 } as const;
+const maintain = { type: 'maintain', holder, hostLive: true, blockedBy: '', nextEpoch: 11n } as const;
 
 /** Every event as its right sender would send it. */
 const events = {
   stage,
+  maintain,
   opened: { type: 'opened', holder, epoch },
   returned: { type: 'returned', holder, epoch },
   'closed-on-disk': { type: 'closed-on-disk', epoch },
@@ -38,6 +41,7 @@ const states: readonly GrantState[] = ['FREE', 'OFFERED', 'OPEN', 'REVOKING'];
 /** The table. `same`: the reply is repeated. What is not here is stale. */
 const table: Record<string, GrantState | 'same'> = {
   'FREE stage': 'OFFERED',
+  'FREE maintain': 'OFFERED',
   'OFFERED opened': 'OPEN',
   'OFFERED stage': 'same',
   'OPEN stage': 'same',
@@ -92,6 +96,16 @@ describe('actions', () => {
     });
   });
 
+  it('a maintenance grant is under no publication, for writing, and known as one until it is free', () => {
+    const outcome = stepGrant(grantIn('FREE'), { ...maintain, holder: other });
+    expect(outcome).toMatchObject({
+      next: { state: 'OFFERED', epoch: 11n, holder: other, publishId: '', readOnly: false },
+    });
+    if (outcome.type !== 'changed') throw new Error('unchanged');
+    expect([isMaintenance(outcome.next), isMaintenance(grantIn('OPEN'))]).toEqual([true, false]);
+    expect(isMaintenance({ ...outcome.next, state: 'FREE' })).toBe(false);
+  });
+
   it('stage gives the new epoch to the one who staged', () => {
     expect(
       stepGrant(grantIn('FREE'), { ...stage, holder: other, publishId: 'p2', readOnly: true }),
@@ -129,8 +143,12 @@ describe('stage is refused', () => {
     ['when the publish id is not current', { publishCurrent: false }],
     ['when the host is not LIVE', { hostLive: false }],
     ['when the epoch would not grow', { nextEpoch: 10n }],
+    ['when grants of the other kind are out', { blockedBy: 'node-b reads it' }],
   ])('%s', (_why, change) => {
     expect(stepGrant(grantIn('FREE'), { ...stage, ...change })).toMatchObject({ type: 'stale' });
+    // The same guards stand before a maintenance grant, which has no publication.
+    const other = 'publishCurrent' in change ? { hostLive: false } : change;
+    expect(stepGrant(grantIn('FREE'), { ...maintain, ...other })).toMatchObject({ type: 'stale' });
   });
 
   it.each([

@@ -13,9 +13,13 @@ export type GrantEvent =
       publishCurrent: boolean;
       hostLive: boolean;
       readOnly: boolean;
+      /** Grants of the other kind that are out (a writer for a reader, readers for a writer), a sentence; empty: none. */
+      blockedBy: string;
       /** Newer than every epoch of this volume. */
       nextEpoch: bigint;
     }
+  /** A live host opens a volume that nobody has, without a device, to cut it. */
+  | { type: 'maintain'; holder: HostLife; hostLive: boolean; blockedBy: string; nextEpoch: bigint }
   | { type: 'opened'; holder: HostLife; epoch: bigint }
   /** The holder says: closed on disk, nothing in flight. */
   | { type: 'returned'; holder: HostLife; epoch: bigint }
@@ -51,6 +55,10 @@ export function stepGrant(grant: GrantRecord, event: GrantEvent): GrantOutcome {
   switch (event.type) {
     case 'stage':
       return stage(grant, event);
+    case 'maintain':
+      if (grant.state !== 'FREE') return stale(grant, 'maintain');
+      if (!event.hostLive) return { type: 'stale', why: 'this host is not LIVE on the pool' };
+      return offered(grant, event, { publishId: '', readOnly: false });
     case 'opened':
       if (grant.state !== 'OFFERED') return stale(grant, 'opened');
       if (!isHeldBy(grant, event)) return stale(grant, 'opened', event);
@@ -103,19 +111,8 @@ function stage(grant: GrantRecord, event: GrantEvent & { type: 'stage' }): Grant
   }
   if (!event.hostLive) return { type: 'stale', why: 'this host is not LIVE on the pool' };
   switch (grant.state) {
-    case 'FREE': {
-      const next: GrantRecord = {
-        state: 'OFFERED',
-        epoch: event.nextEpoch,
-        holder: event.holder,
-        publishId: event.publishId,
-        readOnly: event.readOnly,
-      };
-      if (event.nextEpoch <= grant.epoch) {
-        return { type: 'stale', why: `epoch ${event.nextEpoch} is not newer than ${grant.epoch}` };
-      }
-      return changed(next, 'grant');
-    }
+    case 'FREE':
+      return offered(grant, event, { publishId: event.publishId, readOnly: event.readOnly });
     case 'OFFERED':
     case 'OPEN':
       if (!sameLife(grant.holder, event.holder) || grant.publishId !== event.publishId) {
@@ -131,6 +128,23 @@ function stage(grant: GrantRecord, event: GrantEvent & { type: 'stage' }): Grant
     case 'REVOKING':
       return stale(grant, 'stage');
   }
+}
+
+function offered(
+  grant: GrantRecord,
+  event: { holder: HostLife; nextEpoch: bigint; blockedBy: string },
+  how: { publishId: string; readOnly: boolean },
+): GrantOutcome {
+  if (event.blockedBy !== '') return { type: 'stale', why: event.blockedBy };
+  if (event.nextEpoch <= grant.epoch) {
+    return { type: 'stale', why: `epoch ${event.nextEpoch} is not newer than ${grant.epoch}` };
+  }
+  return changed({ ...how, state: 'OFFERED', epoch: event.nextEpoch, holder: event.holder }, 'grant');
+}
+
+/** Out for a cut of a closed volume, not for anybody's use. */
+export function isMaintenance(grant: GrantRecord): boolean {
+  return grant.state !== 'FREE' && grant.publishId === '';
 }
 
 function isHeldBy(grant: GrantRecord, event: { holder: HostLife; epoch: bigint }): boolean {

@@ -47,6 +47,8 @@ export type PoolRecord = PoolGeometry & {
   slabsFree: number;
   slabsAhead: number;
   provisionedBytes: bigint;
+  /** The highest threshold of used slabs, in percent, that was warned about; absent: none. */
+  warnedPercent?: number;
 };
 
 export type Authority = {
@@ -131,6 +133,7 @@ export type GrantRecord = {
   epoch: bigint;
   /** FREE: who held it last. */
   holder: HostLife | null;
+  /** Empty while it is not FREE: for maintenance (a cut of a closed volume), under no publication. */
   publishId: string;
   readOnly: boolean;
 };
@@ -162,11 +165,21 @@ export type VolumeRecord = {
   slot: number;
   sizeBytes: bigint;
   parameters: Record<string, string>;
-  state: 'READY' | 'DELETING';
+  /** CREATING: a copy of a volume that is being cut for it; its top has no parent yet. */
+  state: 'CREATING' | 'READY' | 'DELETING';
   topLayerId: bigint;
+  /** The newest epoch given to anybody, writer or reader. */
+  lastEpoch: bigint;
+  /** The one writer's, or the one exclusive reader's. */
   grant: GrantRecord;
-  publication: PublicationRecord | null;
+  /** Of nodes that read it beside others; only those that are not FREE. */
+  readers: GrantRecord[];
+  /** At most one per node; more than one only for readers beside others. */
+  publications: PublicationRecord[];
   createdUnixMs: number;
+  /** What it is a copy of; empty: none. */
+  sourceSnapshotUuid: string;
+  sourceVolumeUuid: string;
 };
 
 export type LayerRecord = {
@@ -179,6 +192,116 @@ export type LayerRecord = {
   /** The volume it was born as the top of. */
   volumeUuid: string;
   slabCount: number;
+  /** Layers right above it. */
+  children: number;
+  /** The snapshot that names it; empty: none. Being cut counts, so that nothing is stripped before it is decided. */
+  snapshotUuid: string;
+  /** Known again from the disk: snapshots or volumes that nobody knows may need it, so it is never stripped or wiped. */
+  kept: boolean;
+  /** What its record on the disk may name as its parent: not changed when that one is removed from the chain. */
+  diskParentId: bigint;
+  /** Records on the disk, tombstones too, that may name it as their parent: its slot is kept for as long. */
+  diskChildren: number;
+  /** Of the last strip: blocks that still count; -1: nobody counted. */
+  liveBlocks: number;
+  /** Who wrote it when it froze: may still give back slabs that it had emptied before. */
+  writer: HostLife | null;
+  /** Not in any chain any more: its record waits to be deleted, or, deleted, for those that name it. */
+  removed: RemovalRecord | null;
+};
+
+/** A grant that was out when something was decided, and that may still know what was before. */
+export type GrantRef = {
+  volumeUuid: string;
+  epoch: bigint;
+  holder: HostLife;
+};
+
+export type RemovalRecord = {
+  /** The layer's tombstone is written when these are over. */
+  waiting: GrantRef[];
+  /** The tombstone is on the disk. */
+  wiped: boolean;
+};
+
+/** A name for a frozen layer. */
+export type SnapshotRecord = {
+  uuid: string;
+  name: string;
+  poolUuid: string;
+  sourceVolumeUuid: string;
+  sizeBytes: bigint;
+  /** 0: not cut yet. */
+  layerId: bigint;
+  state: 'CUTTING' | 'READY';
+  groupUuid: string;
+  createdUnixMs: number;
+  parameters: Record<string, string>;
+  /** Of the source volume: what is made from the snapshot has the same file system. */
+  volumeParameters: Record<string, string>;
+};
+
+export type GroupRecord = {
+  uuid: string;
+  name: string;
+  poolUuid: string;
+  /** WAITING: an attempt failed, and its cuts end before the next one begins. HOLDING: nothing is ordered to be cut. */
+  state: 'WAITING' | 'HOLDING' | 'CUTTING' | 'READY';
+  createdUnixMs: number;
+  parameters: Record<string, string>;
+  sourceVolumeUuids: string[];
+  snapshotUuids: string[];
+  attempts: number;
+  /** Of HoldVolumes, new with every attempt. */
+  cutId: string;
+};
+
+/** A cut under way, one at most for a volume. It never ends but by being made: who is not interested any more drops its name. */
+export type CutRecord = {
+  volumeUuid: string;
+  /** The top that freezes, and the one that takes its place. */
+  frozenLayerId: bigint;
+  topLayerId: bigint;
+  /** What the frozen layer is for; both empty: for nobody any more. */
+  snapshotUuid: string;
+  cloneUuid: string;
+  groupUuid: string;
+  quiesce: boolean;
+  /** An order may have been sent: the disk decides whether it happened. */
+  ordered: boolean;
+  /** Of a group's member that is open: the epoch under which its writes are held. 0: not held. */
+  heldEpoch: bigint;
+  sinceUnixMs: number;
+};
+
+/** One strip of a segment of folded layers, given to one host life until that has answered or is dead. */
+export type StripRecord = {
+  /** Newest first. */
+  victims: bigint[];
+  headId: bigint;
+  /** The head could not change any more when the strip was planned, if it was frozen, or closed at this epoch. */
+  headFrozen: boolean;
+  headClosed: boolean;
+  headEpoch: bigint;
+};
+
+/** What the last strip of a segment was; by its newest victim. */
+export type FoldRecord = StripRecord & {
+  dueUnixMs: number;
+  intervalMs: number;
+};
+
+/** Slabs taken out of a frozen layer. No grant names them from now on; those that did have to forget them before they are wiped. */
+export type LeavingRecord = {
+  layerId: bigint;
+  runs: SlabRun[];
+  waiting: GrantRef[];
+};
+
+/** Who was told to do something on the disk that must not be done by two. */
+export type JobRecord = {
+  life: HostLife;
+  sinceUnixMs: number;
 };
 
 export type AuditEntry = {
@@ -261,13 +384,31 @@ export const tables = {
   volumeName: new Table<string, readonly [name: string]>('volume-name'),
   /** Volumes that are not FREE, by their holder. */
   held: new Table<true, readonly [pool: string, host: number, volume: string]>('held'),
-  /** Volumes that are REVOKING. */
-  revoking: new Table<true, readonly [pool: string, volume: string]>('revoking'),
+  /** Grants that are REVOKING, by volume and holder. */
+  revoking: new Table<true, readonly [pool: string, volume: string, host: number]>('revoking'),
   /** Publications by node. */
   published: new Table<true, readonly [node: string, volume: string]>('published'),
   /** Volumes whose slabs wait to be wiped. */
   deleting: new Table<true, readonly [pool: string, volume: string]>('deleting'),
   layer: new Table<LayerRecord, readonly [pool: string, layer: bigint]>('layer'),
+  /** Layers by the one below. */
+  layerChild: new Table<true, readonly [pool: string, parent: bigint, child: bigint]>('layer-child'),
+  /** Frozen layers without a name and with at most one layer above, and removed ones: what jobs look at. */
+  reclaim: new Table<true, readonly [pool: string, layer: bigint]>('reclaim'),
+  snapshot: new Table<SnapshotRecord, readonly [uuid: string]>('snapshot'),
+  snapshotName: new Table<string, readonly [name: string]>('snapshot-name'),
+  snapshotSource: new Table<true, readonly [volume: string, snapshot: string]>('snapshot-source'),
+  group: new Table<GroupRecord, readonly [uuid: string]>('group'),
+  groupName: new Table<string, readonly [name: string]>('group-name'),
+  /** Groups that are not READY. */
+  grouping: new Table<true, readonly [pool: string, group: string]>('grouping'),
+  /** Cuts under way. */
+  cutting: new Table<CutRecord, readonly [pool: string, volume: string]>('cutting'),
+  /** Strips under way, by their newest victim. */
+  strip: new Table<StripRecord, readonly [pool: string, victim: bigint]>('strip'),
+  fold: new Table<FoldRecord, readonly [pool: string, victim: bigint]>('fold'),
+  leaving: new Table<LeavingRecord, readonly [pool: string, layer: bigint, sequence: bigint]>('leaving'),
+  job: new Table<JobRecord, readonly [pool: string, what: string]>('job'),
   /** A layer's slabs, region by region. */
   slabs: new Table<SlabRun[], readonly [pool: string, layer: bigint, region: number]>('slabs'),
   /** A bit for each slab of a region, set: not free. Absent: all free. Base64. */

@@ -2,7 +2,7 @@
 import { reconcileClaims, type Claim } from './allocation.ts';
 import { audit, stale, type Decision } from './decision.ts';
 import { sameLife } from './grant.ts';
-import { applyGrant } from './grants.ts';
+import { applyGrant, grantOfHost } from './grants.ts';
 import { applyHost, poolReady } from './hosts.ts';
 import { tables, type HostLife, type NodeRecord, type SlabRun } from './records.ts';
 import { common, normalized } from './runs.ts';
@@ -62,19 +62,18 @@ export function reconcile(d: Decision, holding: Holding): Reconciled {
   let misfits = 0;
   for (const held of holding.volumes) {
     const volume = tables.volume.get(d.tx, held.volumeUuid);
+    const granted = volume === undefined ? undefined : grantOfHost(volume, life.hostId);
     if (
       volume === undefined ||
-      volume.grant.state === 'FREE' ||
-      volume.grant.epoch !== held.epoch ||
-      !sameLife(volume.grant.holder, life)
+      granted?.grant.epoch !== held.epoch ||
+      !sameLife(granted.grant.holder, life)
     ) {
       revoke.push({ volumeUuid: held.volumeUuid, epoch: held.epoch });
       continue;
     }
-    if (volume.grant.state === 'OFFERED')
-      applyGrant(d, volume, { type: 'opened', holder: life, epoch: held.epoch });
-    const ownTop = held.claimed.filter((claim) => claim.layerId === volume.topLayerId);
-    misfits += held.claimed.length - ownTop.length + reconcileClaims(d, pool, life, ownTop);
+    if (granted.grant.state === 'OFFERED')
+      applyGrant(d, volume, { type: 'opened', holder: life, epoch: held.epoch }, granted.reader);
+    misfits += reconcileClaims(d, pool, life, volume, held.claimed);
   }
   tables.pool.put(d.tx, pool, pool.uuid);
   return { stock: common(aheadOf(d.tx, pool, life), normalized(holding.stock)), revoke, misfits };

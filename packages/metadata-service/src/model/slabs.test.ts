@@ -4,6 +4,7 @@ import { MemoryStore } from '../store/memory.ts';
 import type { Transaction } from '../store/store.ts';
 import { Bitmap } from './bitmap.ts';
 import { nextEpoch } from './epoch.ts';
+import { unused } from './layers.ts';
 import { tables, type PoolRecord, type SlabRun } from './records.ts';
 import { byRegion, common, countSlabs, covers, findRun, normalized, overlaps, without } from './runs.ts';
 import {
@@ -64,6 +65,7 @@ function layer(tx: Transaction, layerId: bigint): void {
     frozen: false,
     volumeUuid: 'v',
     slabCount: 0,
+    ...unused,
   };
   tables.layer.put(tx, record, 'p', layerId);
 }

@@ -3,7 +3,8 @@
  * summary of each region's free slabs and longest free run finds room without reading the regions (100 TiB: 1,600 regions, a
  * summary of 6.4 KB).
  *
- * A slab is in exactly one place: free (bit clear), ahead of one host, an orphan of a dead one, a layer's, or in quarantine.
+ * A slab is in exactly one place: free (bit clear), ahead of one host, an orphan of a dead one, a layer's, leaving one (wiped when
+ * nobody can map it any more), or in quarantine.
  */
 import { HoldfastError } from '@holdfast/common';
 import type { Snapshot, Transaction } from '../store/store.ts';
@@ -286,6 +287,18 @@ export function freeFromLayer(
   layerId: bigint,
   runs: readonly SlabRun[],
 ): boolean {
+  if (!takeFromLayer(tx, pool, layerId, runs)) return false;
+  freeSlabs(tx, pool, runs);
+  return true;
+}
+
+/** Takes slabs out of a layer; where they go is the caller's business. False: it does not have all of them; nothing changed. */
+export function takeFromLayer(
+  tx: Transaction,
+  pool: PoolRecord,
+  layerId: bigint,
+  runs: readonly SlabRun[],
+): boolean {
   const layer = tables.layer.get(tx, pool.uuid, layerId);
   if (layer === undefined || overlaps(runs)) return false;
   const regions = byRegion(runs, slabsPerRegion);
@@ -298,7 +311,6 @@ export function freeFromLayer(
     else tables.slabs.put(tx, kept, pool.uuid, layerId, region);
   }
   tables.layer.put(tx, { ...layer, slabCount: layer.slabCount - countSlabs(runs) }, pool.uuid, layerId);
-  freeSlabs(tx, pool, runs);
   return true;
 }
 

@@ -1,11 +1,13 @@
 /** Volumes: created, found, grown, deleted, known again. */
-import { HoldfastError, type VolumeContext } from '@holdfast/common';
+import { HoldfastError, volumeParameterKeys, type VolumeContext } from '@holdfast/common';
 import type { Snapshot } from '../store/store.ts';
-import { audit, mayDecide, requirePool, type Decision } from './decision.ts';
-import { requireVolume } from './grants.ts';
+import { audit, mayDecide, requireAuthority, requirePool, type Decision } from './decision.ts';
+import { requireReady, requireVolume } from './grants.ts';
+import { isMaintenance } from './grant.ts';
+import { attach, layerGone, makeLayer, requireLayer, unused } from './layers.ts';
 import { markSlot, takeSlot } from './pools.ts';
 import { tables, type LayerRecord, type PoolRecord, type SlabRun, type VolumeRecord } from './records.ts';
-import { addToLayer, freeSlabs, reserveFree, slabsOf } from './slabs.ts';
+import { addToLayer, freeFromLayer, reserveFree, slabsOf } from './slabs.ts';
 import { countSlabs } from './runs.ts';
 
 /** As in the pool format (native/src/core/format.h, kMaxVolumeBytes): 256 TiB less one chunk. */
@@ -22,35 +24,118 @@ export interface CreateRequest {
   /** 0: none. */
   limitBytes: bigint;
   parameters: Record<string, string>;
+  /** At most one of the two; empty: none. */
+  sourceSnapshotUuid: string;
+  sourceVolumeUuid: string;
 }
 
-export function createVolume(d: Decision, request: CreateRequest): VolumeRecord {
-  checkName(request.name);
+/**
+ * A new volume, or the one that has the name already. A copy of a volume is CREATING: who calls this begins the cut of its source
+ * for it in the same transaction.
+ */
+export function createVolume(d: Decision, request: CreateRequest): { volume: VolumeRecord; isNew: boolean } {
+  checkName(request.name, 'volume');
   checkSize(request.sizeBytes, request.limitBytes);
-  checkParameters(request.parameters);
+  checkParameters(request.parameters, 'volume');
   const known = tables.volumeName.get(d.tx, request.name);
-  if (known !== undefined) return compatible(requireVolume(d, known), request);
-  const pool = choosePool(d, request.poolUuids);
-  return insert(d, pool, d.newId(), request, 'create');
+  if (known !== undefined) return { volume: compatible(requireVolume(d, known), request), isNew: false };
+  const source = sourceOf(d, request);
+  if (source === undefined) {
+    const pool = choosePool(d, request.poolUuids, request.sizeBytes);
+    return { volume: insert(d, pool, d.newId(), { ...request, parentLayerId: 0n }, 'create'), isNew: true };
+  }
+  const pool = requirePool(d, source.poolUuid);
+  requireAuthority(d, pool);
+  requireRoomFor(d, [pool], request.sizeBytes);
+  const what = {
+    ...request,
+    parameters: inherited(request.parameters, source.volumeParameters),
+    parentLayerId: source.layerId,
+    state: request.sourceVolumeUuid === '' ? 'READY' : 'CREATING',
+  } as const;
+  return { volume: insert(d, pool, d.newId(), what, 'create'), isNew: true };
+}
+
+interface Source {
+  poolUuid: string;
+  /** 0: not frozen yet. */
+  layerId: bigint;
+  volumeParameters: Readonly<Record<string, string>>;
+}
+
+function sourceOf(d: Decision, request: CreateRequest): Source | undefined {
+  if (request.sourceSnapshotUuid !== '' && request.sourceVolumeUuid !== '') {
+    throw new HoldfastError(
+      'INVALID_ARGUMENT',
+      'A volume is made from a snapshot or from a volume, not from both.',
+    );
+  }
+  if (request.sourceSnapshotUuid !== '') {
+    const snapshot = tables.snapshot.get(d.tx, request.sourceSnapshotUuid);
+    if (snapshot === undefined) {
+      throw new HoldfastError('NOT_FOUND', `Snapshot ${request.sourceSnapshotUuid} does not exist.`);
+    }
+    if (snapshot.state !== 'READY') {
+      throw new HoldfastError('UNAVAILABLE', `Snapshot ${snapshot.name} is still being cut. Repeat the call.`);
+    }
+    checkSource(request, snapshot.poolUuid, snapshot.sizeBytes, `snapshot ${snapshot.name}`);
+    return snapshot;
+  }
+  if (request.sourceVolumeUuid === '') return undefined;
+  const volume = requireReady(d, request.sourceVolumeUuid);
+  checkSource(request, volume.poolUuid, volume.sizeBytes, `volume ${volume.name}`);
+  return { poolUuid: volume.poolUuid, layerId: 0n, volumeParameters: volume.parameters };
+}
+
+function checkSource(request: CreateRequest, poolUuid: string, sizeBytes: bigint, what: string): void {
+  if (request.poolUuids.length > 0 && !request.poolUuids.includes(poolUuid)) {
+    throw new HoldfastError(
+      'INVALID_ARGUMENT',
+      `A copy shares the data of its source, so it is on the same pool: ${what} is on ${poolUuid}. Use a storage class of ` +
+        'that pool.',
+    );
+  }
+  if (request.sizeBytes < sizeBytes) {
+    throw new HoldfastError(
+      'OUT_OF_RANGE',
+      `A copy of ${what} has at least its ${sizeBytes} bytes; ${request.sizeBytes} were asked for.`,
+    );
+  }
+}
+
+/** The file system comes with the data. */
+function inherited(
+  asked: Record<string, string>,
+  source: Readonly<Record<string, string>>,
+): Record<string, string> {
+  const key = volumeParameterKeys.fsType;
+  const made = source[key];
+  if (made === undefined) return asked;
+  if (asked[key] !== undefined && asked[key] !== made) {
+    throw new HoldfastError(
+      'INVALID_ARGUMENT',
+      `The source has the file system ${made}; a copy of it cannot have ${asked[key]}. Use a storage class with ${made}.`,
+    );
+  }
+  return { ...asked, [key]: made };
 }
 
 function insert(
   d: Decision,
   pool: PoolRecord,
   uuid: string,
-  what: { name: string; sizeBytes: bigint; parameters: Record<string, string> },
+  what: {
+    name: string;
+    sizeBytes: bigint;
+    parameters: Record<string, string>;
+    parentLayerId: bigint;
+    state?: 'CREATING' | 'READY';
+    sourceSnapshotUuid?: string;
+    sourceVolumeUuid?: string;
+  },
   event: string,
 ): VolumeRecord {
-  const layer: LayerRecord = {
-    layerId: pool.nextLayerId,
-    slot: takeSlot(d, pool, 'layer'),
-    parentLayerId: 0n,
-    birth: pool.nextLayerId,
-    sizeBytes: what.sizeBytes,
-    frozen: false,
-    volumeUuid: uuid,
-    slabCount: 0,
-  };
+  const layer = makeLayer(d, pool, { ...what, volumeUuid: uuid });
   const volume: VolumeRecord = {
     uuid,
     volumeId: pool.nextVolumeId,
@@ -59,20 +144,27 @@ function insert(
     slot: takeSlot(d, pool, 'volume'),
     sizeBytes: what.sizeBytes,
     parameters: what.parameters,
-    state: 'READY',
+    state: what.state ?? 'READY',
     topLayerId: layer.layerId,
+    lastEpoch: 0n,
     grant: { state: 'FREE', epoch: 0n, holder: null, publishId: '', readOnly: false },
-    publication: null,
+    readers: [],
+    publications: [],
     createdUnixMs: d.nowUnixMs,
+    sourceSnapshotUuid: what.sourceSnapshotUuid ?? '',
+    sourceVolumeUuid: what.sourceVolumeUuid ?? '',
   };
-  pool.nextLayerId += 1n;
   pool.nextVolumeId += 1n;
   pool.provisionedBytes += what.sizeBytes;
   tables.pool.put(d.tx, pool, pool.uuid);
-  tables.layer.put(d.tx, layer, pool.uuid, layer.layerId);
   tables.volume.put(d.tx, volume, uuid);
   tables.volumeName.put(d.tx, uuid, what.name);
-  audit(d, event, { poolUuid: pool.uuid, volumeUuid: uuid, detail: `${what.name}, ${what.sizeBytes} bytes` });
+  const source = volume.sourceSnapshotUuid || volume.sourceVolumeUuid;
+  audit(d, event, {
+    poolUuid: pool.uuid,
+    volumeUuid: uuid,
+    detail: `${what.name}, ${what.sizeBytes} bytes${source === '' ? '' : `, from ${source}`}`,
+  });
   return volume;
 }
 
@@ -80,11 +172,14 @@ function compatible(volume: VolumeRecord, request: CreateRequest): VolumeRecord 
   const wrong =
     volume.sizeBytes < request.sizeBytes || (request.limitBytes > 0n && volume.sizeBytes > request.limitBytes)
       ? `with ${volume.sizeBytes} bytes`
-      : !sameParameters(volume.parameters, request.parameters)
-        ? `with other parameters (${JSON.stringify(volume.parameters)})`
-        : request.poolUuids.length > 0 && !request.poolUuids.includes(volume.poolUuid)
-          ? `on pool ${volume.poolUuid}`
-          : undefined;
+      : volume.sourceSnapshotUuid !== request.sourceSnapshotUuid ||
+          volume.sourceVolumeUuid !== request.sourceVolumeUuid
+        ? `${sourceName(volume)}, not ${sourceName(request)}`
+        : !hasParameters(volume, request.parameters)
+          ? `with other parameters (${JSON.stringify(volume.parameters)})`
+          : request.poolUuids.length > 0 && !request.poolUuids.includes(volume.poolUuid)
+            ? `on pool ${volume.poolUuid}`
+            : undefined;
   if (wrong !== undefined) {
     throw new HoldfastError(
       'ALREADY_EXISTS',
@@ -94,28 +189,42 @@ function compatible(volume: VolumeRecord, request: CreateRequest): VolumeRecord 
   return volume;
 }
 
-function sameParameters(a: Readonly<Record<string, string>>, b: Readonly<Record<string, string>>): boolean {
+function sourceName(of: { sourceSnapshotUuid: string; sourceVolumeUuid: string }): string {
+  if (of.sourceSnapshotUuid !== '') return `made from snapshot ${of.sourceSnapshotUuid}`;
+  return of.sourceVolumeUuid === '' ? 'made empty' : `made from volume ${of.sourceVolumeUuid}`;
+}
+
+/** A copy may have more than was asked for: what it has inherited. */
+function hasParameters(volume: VolumeRecord, asked: Readonly<Record<string, string>>): boolean {
+  const key = volumeParameterKeys.fsType;
+  const isCopy = volume.sourceSnapshotUuid !== '' || volume.sourceVolumeUuid !== '';
+  const made = volume.parameters[key];
+  const full = isCopy && made !== undefined && asked[key] === undefined ? { ...asked, [key]: made } : asked;
+  return sameParameters(volume.parameters, full);
+}
+
+export function sameParameters(a: Readonly<Record<string, string>>, b: Readonly<Record<string, string>>): boolean {
   const keys = Object.keys(a);
   return keys.length === Object.keys(b).length && keys.every((key) => a[key] === b[key]);
 }
 
-function checkName(name: string): void {
+export function checkName(name: string, what: string): void {
   const bytes = Buffer.byteLength(name);
   // eslint-disable-next-line no-control-regex -- control characters are what is refused
   if (bytes === 0 || bytes > maxNameLength || /[\u0000-\u001f\u007f]/.test(name)) {
     throw new HoldfastError(
       'INVALID_ARGUMENT',
-      `A volume name has 1 to ${maxNameLength} bytes and no control characters; this one has ${bytes} bytes.`,
+      `The name of a ${what} has 1 to ${maxNameLength} bytes and no control characters; this one has ${bytes} bytes.`,
     );
   }
 }
 
-function checkParameters(parameters: Readonly<Record<string, string>>): void {
+export function checkParameters(parameters: Readonly<Record<string, string>>, what: string): void {
   const bytes = Buffer.byteLength(JSON.stringify(parameters));
   if (bytes > maxParametersLength) {
     throw new HoldfastError(
       'INVALID_ARGUMENT',
-      `The volume's parameters take ${bytes} bytes as JSON; its record has room for ${maxParametersLength}. Shorten them.`,
+      `The ${what}'s parameters take ${bytes} bytes as JSON; its record has room for ${maxParametersLength}. Shorten them.`,
     );
   }
 }
@@ -142,7 +251,7 @@ function checkSize(sizeBytes: bigint, limitBytes: bigint): void {
 }
 
 /** The pool with the most free space; of equal ones, the one with the least promised. */
-function choosePool(d: Decision, wanted: readonly string[]): PoolRecord {
+function choosePool(d: Decision, wanted: readonly string[], sizeBytes: bigint): PoolRecord {
   const pools = wanted.length > 0 ? wanted.map((uuid) => requirePool(d, uuid)) : tables.pool.list(d.tx);
   const usable = pools.filter((pool) => mayDecide(d, pool));
   if (usable.length === 0) {
@@ -155,7 +264,26 @@ function choosePool(d: Decision, wanted: readonly string[]): PoolRecord {
           : `No agent has confirmed the authority over ${pools.map((pool) => pool.name).join(', ')} yet. Repeat the call.`),
     );
   }
-  return usable.reduce((best, pool) => (isRoomier(pool, best) ? pool : best));
+  return requireRoomFor(d, usable, sizeBytes).reduce((best, pool) => (isRoomier(pool, best) ? pool : best));
+}
+
+/** Those that may promise as much more. @throws HoldfastError NO_SPACE when none may */
+function requireRoomFor(d: Decision, pools: readonly PoolRecord[], sizeBytes: bigint): PoolRecord[] {
+  const limitOf = (pool: PoolRecord): number => d.overcommitLimit * pool.slabCount * pool.slabSize;
+  const roomy = pools.filter(
+    (pool) => d.overcommitLimit === 0 || Number(pool.provisionedBytes + sizeBytes) <= limitOf(pool),
+  );
+  if (roomy.length === 0) {
+    const full = pools.map(
+      (pool) => `${pool.name} has promised ${pool.provisionedBytes} of ${Math.floor(limitOf(pool))} bytes`,
+    );
+    throw new HoldfastError(
+      'NO_SPACE',
+      `${sizeBytes} bytes more would exceed the overcommit limit (${d.overcommitLimit} times a pool's size): ${full.join(', ')}. ` +
+        'Delete volumes, grow the device, or raise --overcommit-limit.',
+    );
+  }
+  return roomy;
 }
 
 function isRoomier(a: PoolRecord, b: PoolRecord): boolean {
@@ -163,39 +291,31 @@ function isRoomier(a: PoolRecord, b: PoolRecord): boolean {
   return freeA !== freeB ? freeA > freeB : a.provisionedBytes < b.provisionedBytes;
 }
 
-/** A volume's layers, newest first. */
-export function layersOf(tx: Snapshot, volume: VolumeRecord): LayerRecord[] {
-  const chain: LayerRecord[] = [];
-  for (let id = volume.topLayerId; id !== 0n; ) {
-    const layer = tables.layer.get(tx, volume.poolUuid, id);
-    if (layer === undefined) {
-      throw new HoldfastError(
-        'INTERNAL',
-        `Layer ${id} of volume ${volume.name} is missing from the database.`,
-      );
-    }
-    chain.push(layer);
-    id = layer.parentLayerId;
-  }
-  return chain;
-}
-
 /** Deleting is durable when this commits. Returns true when slabs wait to be wiped. */
 export function deleteVolume(d: Decision, uuid: string): boolean {
   const volume = tables.volume.get(d.tx, uuid);
   if (volume === undefined || volume.state === 'DELETING') return false;
-  if (volume.publication !== null) {
+  const [publication] = volume.publications;
+  if (publication !== undefined) {
     throw new HoldfastError(
       'IN_USE',
-      `Volume ${volume.name} is published to ${volume.publication.nodeId}. Unpublish it first.`,
+      `Volume ${volume.name} is published to ${publication.nodeId}. Unpublish it first.`,
     );
   }
-  if (volume.grant.state !== 'FREE') {
+  if (tables.cutting.get(d.tx, volume.poolUuid, uuid) !== undefined || isMaintenance(volume.grant)) {
+    throw new HoldfastError(
+      'OPERATION_PENDING',
+      `Volume ${volume.name} is being cut for a snapshot or a copy. Repeat the call when that has ended.`,
+    );
+  }
+  const held = [volume.grant, ...volume.readers].find((grant) => grant.state !== 'FREE');
+  if (held !== undefined) {
     throw new HoldfastError(
       'IN_USE',
-      `Volume ${volume.name} is granted to ${volume.grant.holder?.nodeId} (${volume.grant.state}). Unpublish it first.`,
+      `Volume ${volume.name} is granted to ${held.holder?.nodeId} (${held.state}). Unpublish it first.`,
     );
   }
+  if (volume.state === 'CREATING') forgetClone(d, volume);
   const pool = requirePool(d, volume.poolUuid);
   tables.volumeName.delete(d.tx, volume.name);
   pool.provisionedBytes -= volume.sizeBytes;
@@ -215,36 +335,32 @@ export function deleteVolume(d: Decision, uuid: string): boolean {
   return true;
 }
 
-/** What a wipe has to remove from the pool; undefined: nothing is left to wipe. */
+/** The cut for it goes on, for nobody. */
+function forgetClone(d: Decision, volume: VolumeRecord): void {
+  const cut = tables.cutting.get(d.tx, volume.poolUuid, volume.sourceVolumeUuid);
+  if (cut?.cloneUuid !== volume.uuid) return;
+  tables.cutting.put(d.tx, { ...cut, cloneUuid: '' }, volume.poolUuid, volume.sourceVolumeUuid);
+}
+
+/** What a wipe has to remove from the pool: its writable layer. What is below goes when nothing else needs it (reclaim.ts). */
 export function wipeOf(
   tx: Snapshot,
   uuid: string,
-): { volume: VolumeRecord; layers: (LayerRecord & { slabs: SlabRun[] })[] } | undefined {
+): { volume: VolumeRecord; top: LayerRecord; slabs: SlabRun[] } | undefined {
   const volume = tables.volume.get(tx, uuid);
   if (volume?.state !== 'DELETING') return undefined;
-  return {
-    volume,
-    layers: layersOf(tx, volume).map((layer) => ({
-      ...layer,
-      slabs: slabsOf(tx, volume.poolUuid, layer.layerId),
-    })),
-  };
+  const top = requireLayer(tx, volume.poolUuid, volume.topLayerId);
+  return { volume, top, slabs: slabsOf(tx, volume.poolUuid, top.layerId) };
 }
 
 /** The volume is gone from the pool: its slabs and slots are free. */
 export function volumeWiped(d: Decision, uuid: string, proof: string): void {
   const wipe = wipeOf(d.tx, uuid);
   if (wipe === undefined) return;
-  const { volume, layers } = wipe;
+  const { volume, top, slabs } = wipe;
   const pool = requirePool(d, volume.poolUuid);
-  for (const layer of layers) {
-    freeSlabs(d.tx, pool, layer.slabs);
-    for (const [parts] of tables.slabs.entries(d.tx, [pool.uuid, layer.layerId])) {
-      tables.slabs.delete(d.tx, pool.uuid, layer.layerId, Number(parts[2]));
-    }
-    tables.layer.delete(d.tx, pool.uuid, layer.layerId);
-    markSlot(d, pool, 'layer', layer.slot, false);
-  }
+  freeFromLayer(d.tx, pool, top.layerId, slabs);
+  layerGone(d, pool, top.layerId);
   markSlot(d, pool, 'volume', volume.slot, false);
   tables.volume.delete(d.tx, uuid);
   tables.deleting.delete(d.tx, pool.uuid, uuid);
@@ -254,13 +370,13 @@ export function volumeWiped(d: Decision, uuid: string, proof: string): void {
     volumeUuid: uuid,
     epoch: volume.grant.epoch,
     proof,
-    detail: `${volume.name}: ${countSlabs(layers.flatMap((layer) => layer.slabs))} slabs free`,
+    detail: `${volume.name}: ${countSlabs(slabs)} slabs free`,
   });
 }
 
 /** Grows the size; a size that it has already is success. Volumes never shrink. */
 export function expandVolume(d: Decision, uuid: string, sizeBytes: bigint, limitBytes: bigint): VolumeRecord {
-  const volume = requireVolume(d, uuid);
+  const volume = requireReady(d, uuid);
   checkSize(sizeBytes, limitBytes);
   if (limitBytes > 0n && volume.sizeBytes > limitBytes) {
     throw new HoldfastError(
@@ -269,7 +385,14 @@ export function expandVolume(d: Decision, uuid: string, sizeBytes: bigint, limit
     );
   }
   if (volume.sizeBytes >= sizeBytes) return volume;
+  if (tables.cutting.get(d.tx, volume.poolUuid, uuid) !== undefined) {
+    throw new HoldfastError(
+      'OPERATION_PENDING',
+      `Volume ${volume.name} is being cut for a snapshot or a copy. Repeat the call when that has ended.`,
+    );
+  }
   const pool = requirePool(d, volume.poolUuid);
+  requireRoomFor(d, [pool], sizeBytes - volume.sizeBytes);
   pool.provisionedBytes += sizeBytes - volume.sizeBytes;
   tables.pool.put(d.tx, pool, pool.uuid);
   const top = tables.layer.get(d.tx, pool.uuid, volume.topLayerId);
@@ -293,7 +416,7 @@ export function listVolumes(
   { maxEntries, token, includeDeleting }: { maxEntries: number; token: string; includeDeleting: boolean },
 ): { volumes: VolumeRecord[]; nextToken: string } {
   const wanted = maxEntries > 0 ? Math.min(maxEntries, maxListEntries) : maxListEntries;
-  let after = token === '' ? undefined : uuidOfToken(token);
+  let after = token === '' ? undefined : uuidOfToken(token, 'ListVolumes');
   const volumes: VolumeRecord[] = [];
   // One more than wanted tells whether there is a next page.
   while (volumes.length <= wanted) {
@@ -301,7 +424,7 @@ export function listVolumes(
       ...(after === undefined ? {} : { after: [after] }),
       limit: wanted + 1,
     });
-    volumes.push(...page.filter((volume) => includeDeleting || volume.state === 'READY'));
+    volumes.push(...page.filter(({ state }) => state === 'READY' || (includeDeleting && state === 'DELETING')));
     after = page.at(-1)?.uuid;
     if (page.length <= wanted) break;
   }
@@ -310,12 +433,12 @@ export function listVolumes(
   return { volumes: shown, nextToken: more ? `v1.${shown.at(-1)?.uuid}` : '' };
 }
 
-function uuidOfToken(token: string): string {
+export function uuidOfToken(token: string, method: string): string {
   const uuid = /^v1\.([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})$/.exec(token)?.[1];
   if (uuid === undefined) {
     throw new HoldfastError(
       'BAD_TOKEN',
-      `The token ${token} was not made by ListVolumes. Start without a token.`,
+      `The token ${token} was not made by ${method}. Start without a token.`,
     );
   }
   return uuid;
@@ -333,7 +456,7 @@ export interface VolumeOnDisk {
   hostId: number;
   generation: bigint;
   /** Newest first. */
-  layers: Omit<LayerRecord, 'volumeUuid' | 'slabCount'>[];
+  layers: Pick<LayerRecord, 'layerId' | 'slot' | 'parentLayerId' | 'birth' | 'sizeBytes' | 'frozen'>[];
   slabs: { layerId: bigint; runs: SlabRun[] }[];
 }
 
@@ -356,7 +479,7 @@ export function importVolume(
     );
   }
   checkSize(disk?.sizeBytes ?? context.sizeBytes, 0n);
-  if (disk === undefined) return insert(d, pool, uuid, context, 'import');
+  if (disk === undefined) return insert(d, pool, uuid, { ...context, parentLayerId: 0n }, 'import');
   requireHolderDead(d, pool, disk);
   return insertFromDisk(d, pool, uuid, disk);
 }
@@ -372,12 +495,17 @@ function requireHolderDead(d: Decision, pool: PoolRecord, disk: VolumeOnDisk): v
   );
 }
 
+/**
+ * A chain may go on in layers that are known already, with a volume or snapshot that shares them. New frozen ones are kept for
+ * good: the same disk may have volumes and snapshots that need them and that nobody has asked for yet.
+ */
 function insertFromDisk(d: Decision, pool: PoolRecord, uuid: string, disk: VolumeOnDisk): VolumeRecord {
-  const top = disk.layers[0];
-  if (
-    top === undefined ||
-    disk.layers.some((layer) => tables.layer.get(d.tx, pool.uuid, layer.layerId) !== undefined)
-  ) {
+  const [top] = disk.layers;
+  const shared = disk.layers.findIndex((layer) => tables.layer.get(d.tx, pool.uuid, layer.layerId) !== undefined);
+  const fresh = shared < 0 ? disk.layers : disk.layers.slice(0, shared);
+  const below = shared < 0 ? undefined : disk.layers[shared];
+  const sane = fresh.every((layer, index) => layer.frozen === index > 0);
+  if (top === undefined || fresh.length === 0 || !sane || (below !== undefined && !isSameLayer(d, pool, below))) {
     throw new HoldfastError(
       'CORRUPT',
       `Volume ${disk.name} on pool ${pool.name} cannot be known again: its layers are incomplete, or their numbers are ` +
@@ -385,13 +513,19 @@ function insertFromDisk(d: Decision, pool: PoolRecord, uuid: string, disk: Volum
     );
   }
   markSlot(d, pool, 'volume', disk.slot, true);
-  for (const layer of disk.layers) {
+  // A record may name a parent that was removed since: what comes next in the list is what the chain really has.
+  let parentId = below === undefined ? 0n : livingLayer(d, pool, below.layerId);
+  for (const layer of fresh.toReversed()) {
     markSlot(d, pool, 'layer', layer.slot, true);
-    tables.layer.put(d.tx, { ...layer, volumeUuid: uuid, slabCount: 0 }, pool.uuid, layer.layerId);
+    const record = { ...unused, ...layer, parentLayerId: 0n, volumeUuid: uuid, slabCount: 0, kept: layer.frozen };
+    tables.layer.put(d.tx, record, pool.uuid, layer.layerId);
+    if (parentId !== 0n) attach(d, pool.uuid, layer.layerId, parentId);
+    parentId = layer.layerId;
     if (layer.layerId >= pool.nextLayerId) pool.nextLayerId = layer.layerId + 1n;
   }
   if (disk.volumeId >= pool.nextVolumeId) pool.nextVolumeId = disk.volumeId + 1n;
   for (const { layerId, runs } of disk.slabs) {
+    if (!fresh.some((layer) => layer.layerId === layerId)) continue;
     if (countSlabs(reserveFree(d.tx, pool, runs)) !== countSlabs(runs)) {
       throw new HoldfastError(
         'OPERATION_PENDING',
@@ -415,9 +549,13 @@ function insertFromDisk(d: Decision, pool: PoolRecord, uuid: string, disk: Volum
     parameters: disk.parameters,
     state: 'READY',
     topLayerId: top.layerId,
+    lastEpoch: disk.epoch,
     grant: { state: 'FREE', epoch: disk.epoch, holder: null, publishId: '', readOnly: false },
-    publication: null,
+    readers: [],
+    publications: [],
     createdUnixMs: d.nowUnixMs,
+    sourceSnapshotUuid: '',
+    sourceVolumeUuid: '',
   };
   tables.volume.put(d.tx, volume, uuid);
   tables.volumeName.put(d.tx, uuid, disk.name);
@@ -429,4 +567,20 @@ function insertFromDisk(d: Decision, pool: PoolRecord, uuid: string, disk: Volum
     detail: `${disk.name}: ${countSlabs(disk.slabs.flatMap((layer) => layer.runs))} slabs found`,
   });
   return volume;
+}
+
+/** What the disk says of a layer is what the database knows. */
+function isSameLayer(d: Decision, pool: PoolRecord, disk: VolumeOnDisk['layers'][number]): boolean {
+  const known = tables.layer.get(d.tx, pool.uuid, disk.layerId);
+  return known !== undefined && known.frozen && known.slot === disk.slot && known.birth === disk.birth;
+}
+
+/** The layer itself, or the first one below that was not removed from its chain since the disk's record was written. */
+function livingLayer(d: Decision, pool: PoolRecord, layerId: bigint): bigint {
+  for (let id = layerId; id !== 0n; ) {
+    const layer = requireLayer(d.tx, pool.uuid, id);
+    if (layer.removed === null) return id;
+    id = layer.parentLayerId;
+  }
+  return 0n;
 }

@@ -15,14 +15,13 @@ import type { ServerDuplexStream } from '@grpc/grpc-js';
 import { allocateSlabs, reportSlabs, returnSlabs, stillAhead } from '../model/allocation.ts';
 import { once } from '../model/answers.ts';
 import { audit, stale } from '../model/decision.ts';
-import { OrphansPending, stageVolume, volumeOpened, volumeReturned } from '../model/grants.ts';
+import { MustWait, stagedBefore, stageVolume, volumeOpened, volumeReturned } from '../model/grants.ts';
 import { applyHost, joinPool, poolReady } from '../model/hosts.ts';
 import { seePool, type PoolSighting } from '../model/pools.ts';
 import { tables, type SlabRun } from '../model/records.ts';
 import { reconcile, seeNode } from '../model/sessions.ts';
 import { slabsOf } from '../model/slabs.ts';
-import { layersOf } from '../model/volumes.ts';
-import type { Value } from '../store/store.ts';
+import { layersOf } from '../model/layers.ts';
 import { acceptedPools } from './claim.ts';
 import type { Core } from './core.ts';
 import type { AgentLink, Session, Sessions } from './sessions.ts';
@@ -168,36 +167,34 @@ export class AgentsApi {
     const { poolUuid, life } = lifeOfRef(request.host);
     const attempt = (): Promise<Grant> =>
       this.#core.decide((d) => {
-        const { answer } = once(d, 'StageVolume', request, () => {
-          const volume = stageVolume(d, {
+        // The answer on record is the epoch. The layers are those of now: slabs that left since are named to nobody.
+        const { answer: epoch } = once(d, 'StageVolume', request, () => {
+          const staged = stageVolume(d, {
             poolUuid,
             life,
             volumeUuid: request.volume_uuid,
             publishId: request.publish_id,
             readOnly: request.read_only,
           });
-          const layers = layersOf(d.tx, volume).map((layer) =>
-            layerToWire(layer, slabsOf(d.tx, poolUuid, layer.layerId)),
-          );
-          return grantToWire(volume, layers) as Value;
+          return staged.grant.epoch;
         });
-        return answer as Grant;
+        const { volume, grant } = stagedBefore(d, request.volume_uuid, life, epoch);
+        const layers = layersOf(d.tx, volume).map((layer) =>
+          layerToWire(layer, slabsOf(d.tx, poolUuid, layer.layerId)),
+        );
+        return grantToWire(volume, grant, layers);
       });
     for (;;) {
       try {
         return await attempt();
       } catch (error) {
-        if (!(error instanceof OrphansPending)) throw error;
-        // The scan runs already; this call is answered when it has ended.
+        if (!(error instanceof MustWait)) throw error;
+        // What it waits for is under way already; this call is answered when it has ended.
         await waitUntil(
           this.#core,
           context,
-          () =>
-            this.#core.read((tx) => {
-              const left = tables.orphan.get(tx, error.poolUuid, error.life.hostId, error.life.generation);
-              return left === undefined || left.runs.length === 0 ? true : undefined;
-            }),
-          () => error.message,
+          () => (this.#core.read(error.isOver) ? true : undefined),
+          () => error.message.replace(/\.$/, ''),
         );
       }
     }

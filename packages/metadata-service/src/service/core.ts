@@ -4,6 +4,7 @@ import { HoldfastError, type Logger } from '@holdfast/common';
 import type { Decision } from '../model/decision.ts';
 import { applyHost } from '../model/hosts.ts';
 import { tables, type AuditEntry, type ServiceRecord } from '../model/records.ts';
+import { upgradeRecords } from '../model/upgrade.ts';
 import { StoreError, type Snapshot, type Store, type Transaction } from '../store/store.ts';
 import type { Clock } from './clock.ts';
 
@@ -12,6 +13,8 @@ export interface Surroundings {
   logger: Logger;
   /** A new UUID. */
   newId: () => string;
+  /** Most provisioned bytes as a multiple of a pool's size; 0 or absent: no limit. */
+  overcommitLimit?: number;
 }
 
 export class Core implements Surroundings {
@@ -19,6 +22,7 @@ export class Core implements Surroundings {
   readonly clock: Clock;
   readonly logger: Logger;
   readonly newId: () => string;
+  readonly overcommitLimit: number;
   readonly service: ServiceRecord;
   /** Aborted when the service stops. */
   readonly stopped = new AbortController();
@@ -29,6 +33,8 @@ export class Core implements Surroundings {
   readonly refusals = new Map<string, string>();
   /** Told of every audit record once it is durable. */
   onAudit: (entry: AuditEntry) => void = () => undefined;
+  /** How many streams read a layer now. They end with the service, so nothing about them is in the store. */
+  readonly #pins = new Map<string, number>();
   #waiting = new Set<() => void>();
 
   private constructor(store: Store, surroundings: Surroundings, service: ServiceRecord) {
@@ -36,6 +42,7 @@ export class Core implements Surroundings {
     this.clock = surroundings.clock;
     this.logger = surroundings.logger;
     this.newId = surroundings.newId;
+    this.overcommitLimit = surroundings.overcommitLimit ?? 0;
     this.service = service;
     // As many operations as there are may wait for it.
     setMaxListeners(0, this.stopped.signal);
@@ -57,7 +64,10 @@ export class Core implements Surroundings {
         newId: surroundings.newId,
         audited: [],
         refusal: () => undefined,
+        pinned: () => false,
+        overcommitLimit: 0,
       };
+      upgradeRecords(tx);
       for (const pool of tables.pool.list(tx)) {
         for (const host of tables.host.list(tx, [pool.uuid])) {
           applyHost(d, pool, host.hostId, { type: 'leader-change' });
@@ -106,6 +116,8 @@ export class Core implements Surroundings {
         nowUnixMs: this.clock.unixMs(),
         newId: this.newId,
         refusal: (pool) => this.refusals.get(pool),
+        pinned: (pool, layer) => this.pinned(pool, layer),
+        overcommitLimit: this.overcommitLimit,
       }),
     );
     for (const entry of audited) this.onAudit(entry);
@@ -121,6 +133,28 @@ export class Core implements Surroundings {
       this.logger.error({ err: error }, 'The store did not take a change');
       throw new HoldfastError('UNAVAILABLE', error.message, { cause: error });
     }
+  }
+
+  /** Call it inside decide(), so that nothing is decided between a look at the layers and their pins. */
+  pin(poolUuid: string, layerIds: readonly bigint[]): void {
+    for (const id of layerIds) {
+      const key = `${poolUuid}/${id}`;
+      this.#pins.set(key, (this.#pins.get(key) ?? 0) + 1);
+    }
+  }
+
+  unpin(poolUuid: string, layerIds: readonly bigint[]): void {
+    for (const id of layerIds) {
+      const key = `${poolUuid}/${id}`;
+      const left = (this.#pins.get(key) ?? 1) - 1;
+      if (left > 0) this.#pins.set(key, left);
+      else this.#pins.delete(key);
+    }
+    this.changed();
+  }
+
+  pinned(poolUuid: string, layerId: bigint): boolean {
+    return this.#pins.has(`${poolUuid}/${layerId}`);
   }
 
   /** Wakes everybody who waits: something was decided, or an agent came or went. */

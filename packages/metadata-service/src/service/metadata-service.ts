@@ -1,6 +1,8 @@
 /** The control plane's API: holdfast.v1.Metadata, for csi-controller, the CLI and people. */
 import { HoldfastError, unary, type CallContext } from '@holdfast/common';
 import type {
+  CreateSnapshotGroupRequest__Output,
+  CreateSnapshotRequest__Output,
   CreateVolumeRequest__Output,
   FenceNodeRequest__Output,
   Host,
@@ -8,37 +10,60 @@ import type {
   MetadataHandlers,
   Pool,
   PublishVolumeRequest__Output,
+  Snapshot as WireSnapshot,
+  SnapshotGroup,
   UnpublishVolumeRequest__Output,
   Volume,
 } from '@holdfast/proto';
 import { once } from '../model/answers.ts';
 import { mayDecide, requirePool } from '../model/decision.ts';
-import { publishVolume, requireVolume, unpublishVolume } from '../model/grants.ts';
+import { publishVolume, requireReady, requireVolume, unpublishVolume } from '../model/grants.ts';
+import { createGroup, deleteGroup, requireGroup } from '../model/groups.ts';
 import { confirmOff, fenceHost, hostsOfNode } from '../model/hosts.ts';
 import {
   tables,
   type AuditEntry,
+  type GroupRecord,
   type HostRecord,
   type PoolRecord,
+  type SnapshotRecord,
   type VolumeRecord,
 } from '../model/records.ts';
+import { layersOf } from '../model/layers.ts';
 import { slabsOf } from '../model/slabs.ts';
+import {
+  beginCut,
+  createSnapshot,
+  deleteSnapshot,
+  listSnapshots,
+  requireSnapshot,
+} from '../model/snapshots.ts';
+import { usageOf } from '../model/usage.ts';
 import {
   createVolume,
   deleteVolume,
   expandVolume,
-  layersOf,
   listVolumes,
   maxVolumeBytes,
   minVolumeBytes,
 } from '../model/volumes.ts';
 import type { Snapshot, Value } from '../store/store.ts';
+import { listChanges } from './changes.ts';
 import type { Core } from './core.ts';
 import { Importer } from './import.ts';
 import type { Operations } from './operations.ts';
 import type { Sessions } from './sessions.ts';
 import { fenceProgress, refuseUnconfirmed, waitUntil } from './waiting.ts';
-import { accessMode, auditToWire, hostToWire, layerToWire, poolToWire, volumeToWire } from './wire.ts';
+import {
+  accessMode,
+  auditToWire,
+  groupToWire,
+  hostToWire,
+  layerToWire,
+  poolToWire,
+  snapshotToWire,
+  volumeToWire,
+} from './wire.ts';
 
 export const serviceVersion = '0.1.0';
 const maxAuditEntries = 1000;
@@ -59,7 +84,7 @@ export class MetadataApi {
   handlers(): Known<MetadataHandlers> {
     const log = this.#core.logger;
     return {
-      CreateVolume: unary(log, 'CreateVolume', (request) => this.#createVolume(request)),
+      CreateVolume: unary(log, 'CreateVolume', (request, context) => this.#createVolume(request, context)),
       DeleteVolume: unary(log, 'DeleteVolume', async (request) => {
         await this.#core.decide((d) =>
           once(d, 'DeleteVolume', request, () => {
@@ -93,6 +118,51 @@ export class MetadataApi {
       UnpublishVolume: unary(log, 'UnpublishVolume', (request, context) =>
         this.#unpublishVolume(request, context),
       ),
+      CreateSnapshot: unary(log, 'CreateSnapshot', (request, context) =>
+        this.#createSnapshot(request, context),
+      ),
+      DeleteSnapshot: unary(log, 'DeleteSnapshot', async (request) => {
+        await this.#core.decide((d) =>
+          once(d, 'DeleteSnapshot', request, () => {
+            deleteSnapshot(d, request.uuid);
+            return null;
+          }),
+        );
+        return {};
+      }),
+      GetSnapshot: unary(log, 'GetSnapshot', async (request) =>
+        this.#core.read((tx) => describeSnapshot(tx, findSnapshot(tx, request))),
+      ),
+      ListSnapshots: unary(log, 'ListSnapshots', async (request) =>
+        this.#core.read((tx) => {
+          const page = listSnapshots(tx, {
+            maxEntries: request.max_entries,
+            token: request.starting_token,
+            sourceVolumeUuid: request.source_volume_uuid,
+            snapshotUuid: request.snapshot_uuid,
+          });
+          return {
+            snapshots: page.snapshots.map((snapshot) => describeSnapshot(tx, snapshot)),
+            next_token: page.nextToken,
+          };
+        }),
+      ),
+      CreateSnapshotGroup: unary(log, 'CreateSnapshotGroup', (request, context) =>
+        this.#createGroup(request, context),
+      ),
+      DeleteSnapshotGroup: unary(log, 'DeleteSnapshotGroup', async (request) => {
+        await this.#core.decide((d) =>
+          once(d, 'DeleteSnapshotGroup', request, () => {
+            deleteGroup(d, request.uuid);
+            return null;
+          }),
+        );
+        return {};
+      }),
+      GetSnapshotGroup: unary(log, 'GetSnapshotGroup', async (request) =>
+        this.#core.read((tx) => describeGroup(tx, requireGroup({ tx }, request.uuid))),
+      ),
+      ListChanges: (stream) => listChanges(this.#core, this.#sessions, stream),
       GetCapacity: unary(log, 'GetCapacity', async (request) => this.#capacity(request.pool_uuids)),
       ListPools: unary(log, 'ListPools', async () => ({ pools: this.#listPools() })),
       ListNodes: unary(log, 'ListNodes', async () => ({ nodes: this.#listNodes() })),
@@ -116,20 +186,107 @@ export class MetadataApi {
     };
   }
 
-  async #createVolume(request: CreateVolumeRequest__Output): Promise<Volume> {
+  async #createVolume(request: CreateVolumeRequest__Output, context: CallContext): Promise<Volume> {
     const { answer } = await this.#core.decide((d) =>
       once(d, 'CreateVolume', request, () => {
-        const volume = createVolume(d, {
+        const { volume, isNew } = createVolume(d, {
           name: request.name,
           poolUuids: request.pool_uuids,
           sizeBytes: BigInt(request.size_bytes),
           limitBytes: BigInt(request.limit_bytes),
           parameters: request.parameters,
+          sourceSnapshotUuid: request.source_snapshot_uuid,
+          sourceVolumeUuid: request.source_volume_uuid,
         });
+        if (isNew && volume.state === 'CREATING') {
+          const purpose = { snapshotUuid: '', cloneUuid: volume.uuid, groupUuid: '', quiesce: false };
+          beginCut(d, requireReady(d, request.source_volume_uuid), purpose, this.#isConnected);
+        }
         return describeVolume(d.tx, volume, true) as Value;
       }),
     );
-    return answer as Volume;
+    const volume = answer as Volume;
+    if (volume.state !== 'CREATING') return volume;
+    return await waitUntil(
+      this.#core,
+      context,
+      () =>
+        this.#core.read((tx) => {
+          const now = requireVolume({ tx }, volume.uuid ?? '');
+          return now.state === 'CREATING' ? undefined : describeVolume(tx, now, true);
+        }),
+      () => this.#cutProgress(request.source_volume_uuid),
+    );
+  }
+
+  readonly #isConnected = (nodeId: string): boolean => this.#sessions.isConnected(nodeId);
+
+  #cutProgress(volumeUuid: string): string {
+    const volume = this.#core.read((tx) => tables.volume.get(tx, volumeUuid));
+    const why = this.#operations.lastError('cut', volumeUuid);
+    return `volume ${volume?.name ?? volumeUuid} is being cut${why === '' ? '' : ` (${why.replace(/\.$/, '')})`}`;
+  }
+
+  async #createSnapshot(
+    request: CreateSnapshotRequest__Output,
+    context: CallContext,
+  ): Promise<WireSnapshot> {
+    const { answer: uuid } = await this.#core.decide((d) =>
+      once(d, 'CreateSnapshot', request, () => {
+        const wanted = {
+          name: request.name,
+          sourceVolumeUuid: request.source_volume_uuid,
+          parameters: request.parameters,
+        };
+        return createSnapshot(d, wanted, this.#isConnected).uuid;
+      }),
+    );
+    return await waitUntil(
+      this.#core,
+      context,
+      () =>
+        this.#core.read((tx) => {
+          const snapshot = requireSnapshot(tx, uuid);
+          return snapshot.state === 'READY' ? describeSnapshot(tx, snapshot) : undefined;
+        }),
+      () => this.#cutProgress(request.source_volume_uuid),
+    );
+  }
+
+  async #createGroup(
+    request: CreateSnapshotGroupRequest__Output,
+    context: CallContext,
+  ): Promise<SnapshotGroup> {
+    const { answer: uuid } = await this.#core.decide((d) =>
+      once(d, 'CreateSnapshotGroup', request, () => {
+        const wanted = {
+          name: request.name,
+          sourceVolumeUuids: request.source_volume_uuids,
+          parameters: request.parameters,
+        };
+        return createGroup(d, wanted, this.#isConnected).uuid;
+      }),
+    );
+    return await waitUntil(
+      this.#core,
+      context,
+      () =>
+        this.#core.read((tx) => {
+          const group = tables.group.get(tx, uuid);
+          if (group === undefined) {
+            throw new HoldfastError(
+              'OPERATION_PENDING',
+              `Snapshot group ${request.name} was given up: its volumes could not all be held and cut at once. Nothing was named; ` +
+                'ListAudit says why. Repeat the call with a new request id.',
+            );
+          }
+          return group.state === 'READY' ? describeGroup(tx, group) : undefined;
+        }),
+      () => {
+        const why = this.#operations.lastError('group', uuid);
+        return `snapshot group ${request.name} is being cut${why === '' ? '' : ` (${why.replace(/\.$/, '')})`}`;
+      },
+    );
   }
 
   async #expandVolume(request: {
@@ -145,8 +302,11 @@ export class MetadataApi {
       }),
     );
     const volume = answer as Volume;
-    if (!repeated && volume.granted_node_id) {
-      this.#sessions.get(volume.granted_node_id)?.link.send({
+    const holders = repeated
+      ? []
+      : [volume.granted_node_id ?? '', ...(volume.readers ?? []).map((reader) => reader.node_id ?? '')];
+    for (const nodeId of holders) {
+      this.#sessions.get(nodeId)?.link.send({
         volume_resized: { volume_uuid: request.uuid, size_bytes: volume.size_bytes ?? '0' },
       });
     }
@@ -171,30 +331,40 @@ export class MetadataApi {
 
   async #unpublishVolume(request: UnpublishVolumeRequest__Output, context: CallContext): Promise<object> {
     // The answer on record is which publication was meant, so that a late repeat does not end a newer one.
-    const { answer: publishId } = await this.#core.decide((d) =>
+    const { answer: publishIds } = await this.#core.decide((d) =>
       once(d, 'UnpublishVolume', request, () => unpublishVolume(d, request.uuid, request.node_id)),
     );
-    const look = (): { volume: VolumeRecord | undefined; host: HostRecord | undefined } =>
+    const look = (): { name: string; nodeId: string; host: HostRecord | undefined }[] =>
       this.#core.read((tx) => {
         const volume = tables.volume.get(tx, request.uuid);
-        const holder = volume?.grant.state === 'FREE' ? null : volume?.grant.holder;
-        const host = holder ? tables.host.get(tx, volume?.poolUuid ?? '', holder.hostId) : undefined;
-        return { volume, host: host?.generation === holder?.generation ? host : undefined };
+        const left = volume?.publications.filter((one) => publishIds.includes(one.publishId)) ?? [];
+        return left.map(({ nodeId, publishId }) => {
+          const grants = volume === undefined ? [] : [volume.grant, ...volume.readers];
+          const holder = grants.find((grant) => grant.state !== 'FREE' && grant.publishId === publishId)?.holder;
+          const host = holder ? tables.host.get(tx, volume?.poolUuid ?? '', holder.hostId) : undefined;
+          return {
+            name: volume?.name ?? '',
+            nodeId,
+            host: host?.generation === holder?.generation ? host : undefined,
+          };
+        });
       });
     return await waitUntil(
       this.#core,
       context,
       () => {
-        const { volume, host } = look();
-        if (publishId === '' || volume?.publication?.publishId !== publishId) return {};
-        refuseUnconfirmed(this.#core, host);
+        const left = look();
+        if (left.length === 0) return {};
+        for (const { host } of left) refuseUnconfirmed(this.#core, host);
         return undefined;
       },
-      () => {
-        const { volume, host } = look();
-        const progress = fenceProgress(this.#operations, host);
-        return `volume ${volume?.name} is being taken back from ${volume?.publication?.nodeId}${progress === '' ? '' : `: ${progress}`}`;
-      },
+      () =>
+        look()
+          .map(({ name, nodeId, host }) => {
+            const progress = fenceProgress(this.#operations, host);
+            return `volume ${name} is being taken back from ${nodeId}${progress === '' ? '' : `: ${progress}`}`;
+          })
+          .join('; '),
     );
   }
 
@@ -368,7 +538,28 @@ export function describeVolume(tx: Snapshot, volume: VolumeRecord, withLayers: b
   return volumeToWire(volume, {
     allocatedBytes: BigInt(slabs) * slabSize,
     ...(withLayers
-      ? { layers: layers.map((layer) => layerToWire(layer, slabsOf(tx, volume.poolUuid, layer.layerId))) }
+      ? {
+          usage: usageOf(tx, volume),
+          layers: layers.map((layer) => layerToWire(layer, slabsOf(tx, volume.poolUuid, layer.layerId))),
+        }
       : {}),
   });
+}
+
+function findSnapshot(tx: Snapshot, { uuid, name }: { uuid: string; name: string }): SnapshotRecord {
+  if (uuid !== '') return requireSnapshot(tx, uuid);
+  const found = tables.snapshotName.get(tx, name);
+  if (found === undefined) throw new HoldfastError('NOT_FOUND', `There is no snapshot named ${name}.`);
+  return requireSnapshot(tx, found);
+}
+
+function describeSnapshot(tx: Snapshot, snapshot: SnapshotRecord): WireSnapshot {
+  const layer = tables.layer.get(tx, snapshot.poolUuid, snapshot.layerId);
+  const slabSize = BigInt(tables.pool.get(tx, snapshot.poolUuid)?.slabSize ?? 0);
+  return snapshotToWire(snapshot, BigInt(layer?.slabCount ?? 0) * slabSize);
+}
+
+function describeGroup(tx: Snapshot, group: GroupRecord): SnapshotGroup {
+  const snapshots = group.snapshotUuids.map((uuid) => describeSnapshot(tx, requireSnapshot(tx, uuid)));
+  return groupToWire(group, snapshots);
 }

@@ -1,13 +1,18 @@
 /**
  * Durable background operations. What has to be done is in the store (a host that is FENCING, a grant that is REVOKING, a
- * volume that is DELETING, slabs of a dead host, a pool that is not yet ours in this term); this finds it, works on each
- * thing once at a time, and tries again what failed. So a restart, a lost agent or a cut-off call loses no operation: they all
+ * volume that is DELETING, slabs of a dead host, a pool that is not yet ours in this term, a cut, a strip, a layer that nothing
+ * needs); this finds it, works on each thing once at a time, and tries again what failed. So a restart, a lost agent or a cut-off call loses no operation: they all
  * go on from what the store says, and callers that repeat a call join by waiting for the store to change.
  */
 import { tables } from '../model/records.ts';
+import { reclaimable, type ReclaimWork } from '../model/reclaim.ts';
+import { noteUsage, thresholdOf } from '../model/usage.ts';
 import { claimPool } from './claim.ts';
 import type { Core } from './core.ts';
+import { cutVolume } from './cut.ts';
 import { FenceOperation } from './fence.ts';
+import { cutGroup } from './group.ts';
+import { releaseSlabs, removeLayers, strip, wipeLayer } from './reclaim.ts';
 import { revoke } from './revoke.ts';
 import type { Sessions } from './sessions.ts';
 import { scanOrphans } from './scan.ts';
@@ -20,6 +25,18 @@ const settleMs = 5;
 const retryMs = { first: 200, most: 5000 };
 /** Wipes at a time on a pool: each makes an agent discard slabs. */
 const maxWipes = 4;
+/** Jobs on layers at a time on a pool. */
+const maxLayerJobs = 8;
+/** How often layers that nothing names are looked at: there may be many, and nobody waits for them. */
+const reclaimIntervalMs = 500;
+export const defaultStripIntervalMs = 30_000;
+
+export interface OperationsOptions {
+  /** The volumes' folded layers are stripped at most this often while their writable layer changes. */
+  stripIntervalMs?: number;
+  /** Told for how long writes were held by each cut, in seconds. */
+  onCut?: (seconds: number) => void;
+}
 
 export class Operations {
   readonly #core: Core;
@@ -27,11 +44,18 @@ export class Operations {
   readonly #running = new Map<string, Promise<void>>();
   /** What a fence waits for, for people; by pool and host. */
   readonly #waitingFor = new Map<string, string>();
+  /** Why a cut is tried again, for people; by volume. */
+  readonly #lastError = new Map<string, string>();
+  readonly #stripIntervalMs: number;
+  readonly #onCut: (seconds: number) => void;
+  #nextReclaimMs = 0;
   #sweeper: Promise<void> | undefined;
 
-  constructor(core: Core, sessions: Sessions) {
+  constructor(core: Core, sessions: Sessions, options: OperationsOptions = {}) {
     this.#core = core;
     this.#sessions = sessions;
+    this.#stripIntervalMs = options.stripIntervalMs ?? defaultStripIntervalMs;
+    this.#onCut = options.onCut ?? (() => undefined);
   }
 
   start(): void {
@@ -46,6 +70,11 @@ export class Operations {
 
   waitingFor(poolUuid: string, hostId: number): string {
     return this.#waitingFor.get(`${poolUuid}/${hostId}`) ?? '';
+  }
+
+  /** Why an operation is being tried again; empty: it is at its first try. */
+  lastError(kind: 'cut' | 'group', uuid: string): string {
+    return this.#lastError.get(`${kind} ${uuid}`) ?? '';
   }
 
   /** How many of each kind are under way. */
@@ -79,7 +108,12 @@ export class Operations {
     const found = core.read((tx) => ({
       pools: tables.pool.list(tx),
       fencing: tables.host.list(tx).filter((host) => host.state === 'FENCING' || host.state === 'CUTTING'),
-      revoking: tables.revoking.entries(tx).map(([parts]) => parts[1] as string),
+      revoking: tables.revoking
+        .entries(tx)
+        .map(([parts]) => ({ uuid: parts[1] as string, hostId: Number(parts[2]) })),
+      cuts: tables.cutting.list(tx).filter((cut) => cut.groupUuid === ''),
+      groups: tables.grouping.entries(tx).map(([parts]) => parts[1] as string),
+      crossed: tables.pool.list(tx).filter((pool) => thresholdOf(pool) !== (pool.warnedPercent ?? 0)),
       orphans: tables.orphan
         .entries(tx)
         .filter(([, orphan]) => orphan.runs.length > 0)
@@ -111,13 +145,56 @@ export class Operations {
         }
       });
     }
-    for (const uuid of found.revoking) this.#ensure(`revoke ${uuid}`, () => revoke(core, sessions, uuid));
+    for (const { uuid, hostId } of found.revoking) {
+      this.#ensure(`revoke ${uuid}/${hostId}`, () => revoke(core, sessions, uuid, hostId));
+    }
+    for (const { volumeUuid } of found.cuts) {
+      this.#ensure(`cut ${volumeUuid}`, () => cutVolume(core, sessions, volumeUuid, this.#onCut));
+    }
+    for (const uuid of found.groups) {
+      this.#ensure(`group ${uuid}`, () => cutGroup(core, sessions, uuid, this.#onCut));
+    }
+    for (const pool of found.crossed) {
+      this.#ensure(`usage ${pool.uuid}`, async () => {
+        const warning = await core.decide((d) => noteUsage(d, pool.uuid));
+        if (warning !== undefined) core.logger.warn({ pool: pool.uuid }, warning);
+      });
+    }
     for (const { poolUuid, life } of found.orphans) {
       this.#ensure(`scan ${poolUuid}/${life.hostId}/${life.generation}`, () =>
         scanOrphans(core, sessions, poolUuid, life),
       );
     }
     for (const uuid of found.deleting) this.#ensure(`wipe ${uuid}`, () => wipeVolume(core, sessions, uuid));
+    if (core.clock.monotonicMs() < this.#nextReclaimMs) return;
+    this.#nextReclaimMs = core.clock.monotonicMs() + reclaimIntervalMs;
+    for (const pool of found.pools) this.#reclaim(pool.uuid);
+  }
+
+  /** Layers that nothing names, and slabs that leave them. */
+  #reclaim(poolUuid: string): void {
+    const core = this.#core;
+    const sessions = this.#sessions;
+    const { leaving, strips, works } = core.read((tx) => ({
+      leaving: tables.leaving.entries(tx, [poolUuid], { limit: maxLayerJobs }),
+      strips: tables.strip.entries(tx, [poolUuid]).map(([parts]) => BigInt(parts[1] as string)),
+      works: reclaimable({ tx, pinned: (pool, id) => core.pinned(pool, id) }, poolUuid, core.clock.unixMs()),
+    }));
+    for (const [[, layer, sequence]] of leaving) {
+      const key = [BigInt(layer as string), BigInt(sequence as string)] as const;
+      this.#ensure(`release ${poolUuid}/${key.join('/')}`, () => releaseSlabs(core, sessions, poolUuid, ...key));
+    }
+    const of = (type: ReclaimWork['type']): bigint[] =>
+      works.filter((work) => work.type === type).map((work) => work.layerId);
+    if (of('remove').length > 0) this.#ensure(`remove ${poolUuid}`, () => removeLayers(core, poolUuid));
+    for (const id of [...of('wipe'), ...of('tombstone')].slice(0, maxLayerJobs)) {
+      this.#ensure(`wipe ${poolUuid}/${id}`, () => wipeLayer(core, sessions, poolUuid, id));
+    }
+    for (const id of [...strips, ...of('strip')].slice(0, maxLayerJobs)) {
+      this.#ensure(`strip ${poolUuid}/${id}`, () =>
+        strip(core, sessions, poolUuid, id, this.#stripIntervalMs),
+      );
+    }
   }
 
   /** Runs `body` until it succeeds, unless it runs already. */
@@ -127,10 +204,12 @@ export class Operations {
       for (let waitMs = retryMs.first; ; waitMs = Math.min(2 * waitMs, retryMs.most)) {
         try {
           await body();
+          this.#lastError.delete(key);
           return;
         } catch (error) {
           if (this.#core.stopped.signal.aborted) return;
           const message = error instanceof Error ? error.message : String(error);
+          this.#lastError.set(key, message);
           this.#core.logger.warn({ operation: key, retryMs: waitMs }, `${message} It is tried again.`);
           await this.#core.clock.sleep(waitMs, this.#core.stopped.signal);
           if (this.#core.stopped.signal.aborted) return;
@@ -139,6 +218,7 @@ export class Operations {
     };
     const running = run().finally(() => {
       this.#running.delete(key);
+      this.#lastError.delete(key);
       this.#core.changed();
     });
     this.#running.set(key, running);

@@ -4,10 +4,10 @@
  */
 import type { OrderResult__Output } from '@holdfast/proto';
 import { reportSlabs } from '../model/allocation.ts';
-import { applyGrant } from '../model/grants.ts';
+import { applyGrant, grantOfHost } from '../model/grants.ts';
 import { fenceHost } from '../model/hosts.ts';
 import { requirePool } from '../model/decision.ts';
-import { tables, type HostLife, type VolumeRecord } from '../model/records.ts';
+import { tables, type GrantRecord, type HostLife, type VolumeRecord } from '../model/records.ts';
 import type { Core } from './core.ts';
 import { OrderFailed, type Sessions } from './sessions.ts';
 import { claimFromWire } from './wire.ts';
@@ -16,14 +16,15 @@ import { claimFromWire } from './wire.ts';
 const reconnectGraceMs = 1500;
 const pauseMs = 300;
 
-export async function revoke(core: Core, sessions: Sessions, uuid: string): Promise<void> {
+export async function revoke(core: Core, sessions: Sessions, uuid: string, hostId: number): Promise<void> {
   const found = core.read((tx) => {
     const volume = tables.volume.get(tx, uuid);
-    if (volume?.grant.state !== 'REVOKING' || volume.grant.holder === null) return undefined;
-    return { volume, holder: volume.grant.holder, pool: tables.pool.get(tx, volume.poolUuid) };
+    const grant = volume && grantOfHost(volume, hostId)?.grant;
+    if (volume === undefined || grant?.state !== 'REVOKING' || grant.holder === null) return undefined;
+    return { volume, grant, holder: grant.holder, pool: tables.pool.get(tx, volume.poolUuid) };
   });
   if (found?.pool === undefined) return;
-  const { volume, holder, pool } = found;
+  const { volume, grant, holder, pool } = found;
   const started = core.clock.monotonicMs();
   let silentSince: number | undefined;
   for (;;) {
@@ -32,13 +33,13 @@ export async function revoke(core: Core, sessions: Sessions, uuid: string): Prom
     const connected = sessions.isConnected(holder.nodeId);
     silentSince = connected ? undefined : (silentSince ?? now);
     if (leftMs <= 0 || (silentSince !== undefined && now - silentSince >= reconnectGraceMs)) break;
-    if (connected && (await ask(core, sessions, volume, holder, leftMs))) return;
+    if (connected && (await ask(core, sessions, volume, grant, holder, leftMs))) return;
     await core.nextChange(Math.min(pauseMs, leftMs));
-    if (core.stopped.signal.aborted || !isRevoking(core, uuid, volume.grant.epoch)) return;
+    if (core.stopped.signal.aborted || !isRevoking(core, uuid, hostId, grant.epoch)) return;
   }
-  await escalate(core, uuid, volume.grant.epoch);
+  await escalate(core, uuid, hostId, grant.epoch);
   // From here on the fence frees the grant; until then this operation is not started again.
-  while (isRevoking(core, uuid, volume.grant.epoch) && !core.stopped.signal.aborted) {
+  while (isRevoking(core, uuid, hostId, grant.epoch) && !core.stopped.signal.aborted) {
     if (!isBeingFenced(core, pool.uuid, holder)) return;
     await core.nextChange(1000);
   }
@@ -49,10 +50,10 @@ async function ask(
   core: Core,
   sessions: Sessions,
   volume: VolumeRecord,
+  { epoch }: GrantRecord,
   holder: HostLife,
   timeoutMs: number,
 ): Promise<boolean> {
-  const { epoch } = volume.grant;
   let result: OrderResult__Output | undefined;
   let proof: string;
   try {
@@ -69,7 +70,7 @@ async function ask(
       );
       return false;
     }
-    proof = `acknowledged by its holder: closed(${epoch}) on disk, nothing in flight`;
+    proof = `acknowledged by its holder: closed(${epoch}), nothing in flight`;
   } catch (error) {
     if (!(error instanceof OrderFailed)) throw error;
     if (error.code !== 'UNKNOWN_VOLUME') {
@@ -87,15 +88,18 @@ async function ask(
     if (now === undefined) return true;
     if (claims.length > 0) reportSlabs(d, volume.poolUuid, holder, claims);
     const current = tables.volume.get(d.tx, volume.uuid) ?? now;
-    return applyGrant(d, current, { type: 'revoke-acknowledged', holder, epoch, proof }).type !== 'stale';
+    const { reader } = grantOfHost(current, holder.hostId) ?? {};
+    const event = { type: 'revoke-acknowledged', holder, epoch, proof } as const;
+    return applyGrant(d, current, event, reader).type !== 'stale';
   });
 }
 
-async function escalate(core: Core, uuid: string, epoch: bigint): Promise<void> {
+async function escalate(core: Core, uuid: string, hostId: number, epoch: bigint): Promise<void> {
   await core.decide((d) => {
     const volume = tables.volume.get(d.tx, uuid);
     if (volume === undefined) return;
-    const outcome = applyGrant(d, volume, { type: 'revoke-timeout', epoch });
+    const { reader } = grantOfHost(volume, hostId) ?? {};
+    const outcome = applyGrant(d, volume, { type: 'revoke-timeout', epoch }, reader);
     if (outcome.type !== 'changed' || outcome.action?.type !== 'fence-host') return;
     const { holder } = outcome.action;
     const host = tables.host.get(d.tx, volume.poolUuid, holder.hostId);
@@ -109,8 +113,9 @@ async function escalate(core: Core, uuid: string, epoch: bigint): Promise<void> 
   });
 }
 
-function isRevoking(core: Core, uuid: string, epoch: bigint): boolean {
-  const grant = core.read((tx) => tables.volume.get(tx, uuid))?.grant;
+function isRevoking(core: Core, uuid: string, hostId: number, epoch: bigint): boolean {
+  const volume = core.read((tx) => tables.volume.get(tx, uuid));
+  const grant = volume && grantOfHost(volume, hostId)?.grant;
   return grant?.state === 'REVOKING' && grant.epoch === epoch;
 }
 

@@ -40,6 +40,10 @@ export interface MetadataServiceOptions {
   /** Mutual TLS. Without it the service trusts whoever reaches the socket. */
   tls?: TlsFiles;
   logger?: Logger;
+  /** Most provisioned bytes as a multiple of a pool's size; 0 or absent: no limit. */
+  overcommitLimit?: number;
+  /** Folded layers below a volume's writable layer are stripped at most this often. */
+  stripIntervalMs?: number;
 }
 
 export interface MetadataService {
@@ -71,10 +75,18 @@ export async function startMetadataService(options: MetadataServiceOptions): Pro
   };
   const undo: (() => Promise<void>)[] = [closeStore];
   try {
-    const core = await Core.open(store, { clock: systemClock, logger, newId: randomUUID });
+    const core = await Core.open(store, {
+      clock: systemClock,
+      logger,
+      newId: randomUUID,
+      overcommitLimit: options.overcommitLimit ?? 0,
+    });
     const sessions = new Sessions(core);
-    const operations = new Operations(core, sessions);
-    const metrics = new Metrics(core, sessions, operations);
+    const operations: Operations = new Operations(core, sessions, {
+      ...(options.stripIntervalMs === undefined ? {} : { stripIntervalMs: options.stripIntervalMs }),
+      onCut: (seconds) => metrics.cutHeld.observe(seconds),
+    });
+    const metrics: Metrics = new Metrics(core, sessions, operations);
     core.onAudit = ({ sequence, event, poolUuid, volumeUuid, nodeId, epoch, generation, proof, detail }) => {
       metrics.audited.inc({ event });
       logger.info(
@@ -163,11 +175,11 @@ function tlsCredentials(files: TlsFiles): ServerCredentials {
   );
 }
 
-/** Measures every unary call; the session stream is not a call. */
+/** Measures every unary call; streams are not. */
 function timed(metrics: Metrics, handlers: object): UntypedServiceImplementation {
   const measured: UntypedServiceImplementation = {};
   for (const [method, handler] of Object.entries(handlers) as [string, handleUnaryCall<unknown, unknown>][]) {
-    if (method === 'Session') {
+    if (method === 'Session' || method === 'ListChanges') {
       measured[method] = handler;
       continue;
     }

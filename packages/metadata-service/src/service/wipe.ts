@@ -2,12 +2,12 @@
 import { tables } from '../model/records.ts';
 import { volumeWiped, wipeOf } from '../model/volumes.ts';
 import type { Core } from './core.ts';
-import { anyLiveHost, requireOurs } from './helpers.ts';
+import { runJob } from './jobs.ts';
 import { OrderFailed, type Sessions } from './sessions.ts';
 import { layerToWire } from './wire.ts';
 
 /** Discarding a large volume takes its time; the agent goes on even when nobody waits any more. */
-const timeoutMs = 300_000;
+export const wipeTimeoutMs = 300_000;
 
 export async function wipeVolume(core: Core, sessions: Sessions, uuid: string): Promise<void> {
   const found = core.read((tx) => {
@@ -24,27 +24,26 @@ export async function wipeVolume(core: Core, sessions: Sessions, uuid: string): 
     };
   });
   if (found?.pool === undefined) return;
-  const { volume, layers, pool, orphans } = found;
+  const { volume, top, slabs, pool, orphans } = found;
   if (orphans !== undefined && orphans.runs.length > 0) {
     throw new OrderFailed(
       'UNREACHABLE',
       `Volume ${volume.name} is wiped when the slabs of its dead holder have been read.`,
     );
   }
-  requireOurs(core, pool);
-  const host = anyLiveHost(core, sessions, pool);
-  await sessions.order(
-    host.nodeId,
-    pool.uuid,
-    {
+  await runJob(core, sessions, {
+    pool,
+    what: `wipe of volume ${uuid}`,
+    timeoutMs: wipeTimeoutMs,
+    order: (generation) => ({
       wipe_volume: {
         volume_id: volume.volumeId.toString(),
         slot: volume.slot,
         closed_epoch: volume.grant.epoch.toString(),
-        layers: layers.map((layer) => layerToWire(layer, layer.slabs)),
+        layers: [layerToWire(top, slabs)],
+        generation,
       },
-    },
-    timeoutMs,
-  );
-  await core.decide((d) => volumeWiped(d, uuid, `wiped by ${host.nodeId}`));
+    }),
+    done: (d, _result, by) => volumeWiped(d, uuid, `wiped by ${by.nodeId}`),
+  });
 }

@@ -11,6 +11,8 @@ import type {
   Layer,
   Pool,
   PoolSeen__Output,
+  Snapshot,
+  SnapshotGroup,
   SlabRun as WireRun,
   SlabRun__Output,
   Volume,
@@ -21,13 +23,17 @@ import type {
   AccessMode,
   AuditEntry,
   FencingClass,
+  GrantRecord,
+  GroupRecord,
   HostLife,
   HostRecord,
   LayerRecord,
   PoolRecord,
   SlabRun,
+  SnapshotRecord,
   VolumeRecord,
 } from '../model/records.ts';
+import type { Usage } from '../model/usage.ts';
 
 const fencingNames = {
   reservations: 'FENCING_CLASS_RESERVATIONS',
@@ -182,12 +188,12 @@ export function layerToWire(layer: LayerRecord, slabs: readonly SlabRun[]): Laye
   };
 }
 
-/** @param layers left out of lists */
+/** @param layers left out of lists, as is `usage` */
 export function volumeToWire(
   volume: VolumeRecord,
-  { allocatedBytes, layers }: { allocatedBytes: bigint; layers?: Layer[] },
+  { allocatedBytes, layers, usage }: { allocatedBytes: bigint; layers?: Layer[]; usage?: Usage },
 ): Volume {
-  const { publication, grant } = volume;
+  const { grant } = volume;
   return {
     uuid: volume.uuid,
     volume_id: volume.volumeId.toString(),
@@ -199,37 +205,68 @@ export function volumeToWire(
     epoch: grant.epoch.toString(),
     grant: `GRANT_STATE_${grant.state}`,
     granted_node_id: grant.state === 'FREE' ? '' : (grant.holder?.nodeId ?? ''),
-    publications:
-      publication === null
-        ? []
-        : [
-            {
-              publish_id: publication.publishId,
-              node_id: publication.nodeId,
-              access_mode: `ACCESS_MODE_${publication.accessMode}`,
-              read_only: publication.readOnly,
-              staged: publication.staged,
-              since_unix_ms: publication.sinceUnixMs.toString(),
-            },
-          ],
+    publications: volume.publications.map((publication) => ({
+      publish_id: publication.publishId,
+      node_id: publication.nodeId,
+      access_mode: `ACCESS_MODE_${publication.accessMode}`,
+      read_only: publication.readOnly,
+      staged: publication.staged,
+      since_unix_ms: publication.sinceUnixMs.toString(),
+    })),
     allocated_bytes: allocatedBytes.toString(),
     created_unix_ms: volume.createdUnixMs.toString(),
     layers: layers ?? [],
     slot: volume.slot,
+    source_snapshot_uuid: volume.sourceSnapshotUuid,
+    source_volume_uuid: volume.sourceVolumeUuid,
+    own_bytes: (usage?.ownBytes ?? 0n).toString(),
+    shared_bytes: (usage?.sharedBytes ?? 0n).toString(),
+    reclaimable_bytes: (usage?.reclaimableBytes ?? 0n).toString(),
+    readers: volume.readers.map((reader) => ({
+      node_id: reader.holder?.nodeId ?? '',
+      epoch: reader.epoch.toString(),
+      grant: `GRANT_STATE_${reader.state}`,
+    })),
   };
 }
 
-export function grantToWire(volume: VolumeRecord, layers: Layer[]): Grant {
+export function snapshotToWire(snapshot: SnapshotRecord, layerBytes: bigint): Snapshot {
+  return {
+    uuid: snapshot.uuid,
+    name: snapshot.name,
+    pool_uuid: snapshot.poolUuid,
+    source_volume_uuid: snapshot.sourceVolumeUuid,
+    size_bytes: snapshot.sizeBytes.toString(),
+    layer_id: snapshot.layerId.toString(),
+    state: snapshot.state,
+    group_uuid: snapshot.groupUuid,
+    created_unix_ms: snapshot.createdUnixMs.toString(),
+    parameters: snapshot.parameters,
+    layer_bytes: layerBytes.toString(),
+  };
+}
+
+export function groupToWire(group: GroupRecord, snapshots: Snapshot[]): SnapshotGroup {
+  return {
+    uuid: group.uuid,
+    name: group.name,
+    state: group.state === 'READY' ? 'READY' : 'CUTTING',
+    created_unix_ms: group.createdUnixMs.toString(),
+    snapshots,
+  };
+}
+
+export function grantToWire(volume: VolumeRecord, grant: GrantRecord, layers: Layer[]): Grant {
   return {
     volume_uuid: volume.uuid,
     volume_id: volume.volumeId.toString(),
     slot: volume.slot,
     name: volume.name,
     size_bytes: volume.sizeBytes.toString(),
-    epoch: volume.grant.epoch.toString(),
+    epoch: grant.epoch.toString(),
     layers,
     parameters: volume.parameters,
-    read_only: volume.grant.readOnly,
+    read_only: grant.readOnly,
   };
 }
 

@@ -1,0 +1,196 @@
+/** Carries out what model/reclaim.ts decides: strips, the forgetting and wiping of slabs, the wiping of layers. */
+import {
+  beginStrip,
+  layerWiped,
+  leavingWiped,
+  reclaimable,
+  slabsForgotten,
+  stillWaiting,
+  stripEnded,
+  stripOrder,
+} from '../model/reclaim.ts';
+import { removeFromChain, stillOut } from '../model/layers.ts';
+import { tables, type GrantRef, type LayerRecord, type PoolRecord, type SlabRun } from '../model/records.ts';
+import { slabsOf } from '../model/slabs.ts';
+import type { Core } from './core.ts';
+import { runJob } from './jobs.ts';
+import { OrderFailed, type Sessions } from './sessions.ts';
+import { layerToWire, runFromWire, runToWire } from './wire.ts';
+import { wipeTimeoutMs } from './wipe.ts';
+
+const forgetTimeoutMs = 30_000;
+const stripTimeoutMs = 300_000;
+
+/** One strip of the segment below a head. Goes on with the one on record. */
+export async function strip(
+  core: Core,
+  sessions: Sessions,
+  poolUuid: string,
+  newestId: bigint,
+  intervalMs: number,
+): Promise<void> {
+  const pool = core.read((tx) => tables.pool.get(tx, poolUuid));
+  const order =
+    core.read((tx) => stripOrder(tx, poolUuid, newestId)) ??
+    (await core.decide((d) => beginStrip(d, poolUuid, newestId)));
+  if (pool === undefined || order === undefined) return;
+  const wire = (layer: LayerRecord & { slabs: SlabRun[] }): object => layerToWire(layer, layer.slabs);
+  try {
+    await runJob(core, sessions, {
+      pool,
+      what: `strip of layer ${newestId}`,
+      timeoutMs: stripTimeoutMs,
+      order: (generation) => ({
+        strip_layers: {
+          victims: order.victims.map(wire),
+          covers: order.head === undefined ? [] : [wire(order.head)],
+          generation,
+        },
+      }),
+      done: (d, result, by) => {
+        const { emptied = [], cleared_blocks = '0', uses = [] } = result.strip ?? {};
+        const outcome = {
+          emptied: emptied.map(runFromWire),
+          clearedBlocks: BigInt(cleared_blocks),
+          uses: uses.map((use) => ({
+            layerId: BigInt(use.layer_id),
+            liveBlocks: BigInt(use.live_blocks),
+          })),
+        };
+        stripEnded(d, poolUuid, newestId, by, outcome, intervalMs);
+      },
+      failed: (d, by) => stripEnded(d, poolUuid, newestId, by, undefined, intervalMs),
+    });
+  } catch (error) {
+    // Answered with an error: it is off the record, and planned anew when it is due again.
+    const gone = core.read((tx) => tables.strip.get(tx, poolUuid, newestId)) === undefined;
+    if (!(error instanceof OrderFailed) || !gone) throw error;
+    core.logger.warn({ pool: poolUuid, layer: newestId.toString() }, `A strip failed: ${error.message}`);
+  }
+}
+
+/** Slabs that left a layer: every holder that was told of them forgets them or ends, then they are wiped. */
+export async function releaseSlabs(
+  core: Core,
+  sessions: Sessions,
+  poolUuid: string,
+  layerId: bigint,
+  sequence: bigint,
+): Promise<void> {
+  for (;;) {
+    const found = core.read((tx) => {
+      const record = tables.leaving.get(tx, poolUuid, layerId, sequence);
+      return {
+        pool: tables.pool.get(tx, poolUuid),
+        layer: tables.layer.get(tx, poolUuid, layerId),
+        record,
+        waiting: record === undefined ? [] : stillWaiting(tx, record),
+      };
+    });
+    const { pool, layer, record, waiting } = found;
+    if (pool === undefined || layer === undefined || record === undefined || core.stopped.signal.aborted) return;
+    if (waiting.length === 0 && !core.pinned(poolUuid, layerId)) {
+      return await wipe(core, sessions, pool, layer, record.runs, sequence);
+    }
+    await Promise.all(
+      waiting.map((ref) => forget(core, sessions, poolUuid, layerId, sequence, record.runs, ref)),
+    );
+    const left = core.read((tx) => {
+      const now = tables.leaving.get(tx, poolUuid, layerId, sequence);
+      return now === undefined ? [] : stillWaiting(tx, now);
+    });
+    if (left.length > 0 || core.pinned(poolUuid, layerId)) await core.clock.sleep(1000, core.stopped.signal);
+  }
+}
+
+/** Asks one holder that has the volume open; others are over soon, or open it in a moment. */
+async function forget(
+  core: Core,
+  sessions: Sessions,
+  poolUuid: string,
+  layerId: bigint,
+  sequence: bigint,
+  runs: readonly SlabRun[],
+  ref: GrantRef,
+): Promise<void> {
+  const isOpen = core.read((tx) => stillOut(tx, ref))?.state === 'OPEN';
+  if (!isOpen || !sessions.isConnected(ref.holder.nodeId)) return;
+  try {
+    await sessions.order(
+      ref.holder.nodeId,
+      poolUuid,
+      {
+        forget_slabs: {
+          volume_uuid: ref.volumeUuid,
+          epoch: ref.epoch.toString(),
+          slabs: runs.map(runToWire),
+        },
+      },
+      forgetTimeoutMs,
+    );
+  } catch (error) {
+    if (!(error instanceof OrderFailed)) throw error;
+    core.logger.info({ volume: ref.volumeUuid, node: ref.holder.nodeId }, `Forgetting slabs: ${error.message}`);
+    return;
+  }
+  await core.decide((d) => slabsForgotten(d, poolUuid, layerId, sequence, ref));
+}
+
+async function wipe(
+  core: Core,
+  sessions: Sessions,
+  pool: PoolRecord,
+  layer: LayerRecord,
+  runs: readonly SlabRun[],
+  sequence: bigint,
+): Promise<void> {
+  await runJob(core, sessions, {
+    pool,
+    what: `wipe of slabs ${sequence} of layer ${layer.layerId}`,
+    timeoutMs: wipeTimeoutMs,
+    order: (generation) => ({
+      wipe_layers: { layers: [layerToWire(layer, runs)], tombstone: false, generation },
+    }),
+    done: (d, _result, by) =>
+      leavingWiped(d, pool.uuid, layer.layerId, sequence, `nobody can map them; wiped by ${by.nodeId}`),
+  });
+}
+
+/** A layer that nothing needs, with all its slabs; or one that left its chain, without any: both leave a tombstone. */
+export async function wipeLayer(
+  core: Core,
+  sessions: Sessions,
+  poolUuid: string,
+  layerId: bigint,
+): Promise<void> {
+  const found = core.read((tx) => ({
+    pool: tables.pool.get(tx, poolUuid),
+    layer: tables.layer.get(tx, poolUuid, layerId),
+    slabs: slabsOf(tx, poolUuid, layerId),
+  }));
+  const { pool, layer, slabs } = found;
+  if (pool === undefined || layer === undefined || layer.removed?.wiped === true) return;
+  const why = layer.removed === null ? 'no chain has it' : 'no grant that knows it is out';
+  await runJob(core, sessions, {
+    pool,
+    what: `wipe of layer ${layerId}`,
+    timeoutMs: wipeTimeoutMs,
+    order: (generation) => ({
+      wipe_layers: {
+        layers: [layerToWire({ ...layer, parentLayerId: layer.diskParentId }, slabs)],
+        tombstone: true,
+        generation,
+      },
+    }),
+    done: (d, _result, by) => layerWiped(d, poolUuid, layerId, `${why}; wiped by ${by.nodeId}`),
+  });
+}
+
+/** Layers without slabs leave their chains: that needs nobody's help. */
+export async function removeLayers(core: Core, poolUuid: string): Promise<void> {
+  await core.decide((d) => {
+    for (const work of reclaimable(d, poolUuid, d.nowUnixMs)) {
+      if (work.type === 'remove') removeFromChain(d, poolUuid, work.layerId);
+    }
+  });
+}
