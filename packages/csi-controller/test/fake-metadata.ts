@@ -164,6 +164,7 @@ export class FakeMetadata {
           return {};
         }),
         GetSnapshotGroup: rpc('GetSnapshotGroup', (r: ByUuid) => this.#one(this.groups, 'group', r)),
+        ListVolumes: rpc('ListVolumes', () => ({ volumes: [...this.volumes.values()] })),
         ListPools: rpc('ListPools', () => ({ pools: this.pools })),
         PublishVolume: rpc('PublishVolume', () => ({ publish_id: 'p1' })),
         ListChanges: (call: ServerWritableStream<ListChangesRequest__Output, ListChangesResponse>) => {
