@@ -400,3 +400,210 @@ describe('agent', () => {
     expect(disk.wiped).toEqual([BigInt(volume.volume_id)]);
   });
 });
+
+describe('snapshots, with the metadata service', () => {
+  const snap = (volume: Volume__Output, name: string, parameters: Record<string, string> = {}) =>
+    call(
+      metadata,
+      metadata.CreateSnapshot,
+      { request_id: `${name} ${Math.random()}`, name, source_volume_uuid: volume.uuid, parameters },
+      { timeoutMs: 15_000 },
+    );
+  const copy = (name: string, source: object) =>
+    call(
+      metadata,
+      metadata.CreateVolume,
+      { request_id: `${name} ${Math.random()}`, name, size_bytes: String(1 << 30), ...source },
+      { timeoutMs: 15_000 },
+    );
+  const removeSnapshot = (uuid: string) =>
+    call(metadata, metadata.DeleteSnapshot, { request_id: `${uuid} ${Math.random()}`, uuid });
+  const removeVolume = (volume: Volume__Output) =>
+    call(metadata, metadata.DeleteVolume, { request_id: `${volume.uuid} gone`, uuid: volume.uuid });
+  const chainOf = async (volume: Volume__Output) => (await get(volume)).layers.map((layer) => layer.layer_id);
+  const allFree = () =>
+    until('every slab is free', async () => {
+      const { pools } = await call(metadata, metadata.ListPools, {});
+      return pools[0]?.slabs_free === pools[0]?.slab_count ? true : undefined;
+    });
+  const publishAs = async (volume: Volume__Output, node: Node, reader: boolean): Promise<string> => {
+    const { publish_id } = await call(metadata, metadata.PublishVolume, {
+      request_id: `${volume.uuid} ${node.agent.nodeId} ${Math.random()}`,
+      uuid: volume.uuid,
+      node_id: node.agent.nodeId,
+      access_mode: reader ? 'ACCESS_MODE_MULTI_NODE_READER_ONLY' : 'ACCESS_MODE_SINGLE_NODE_WRITER',
+      read_only: reader,
+    });
+    return publish_id;
+  };
+  const openAs = (node: Node, volume: Volume__Output, publishId: string, reader: boolean) =>
+    call(node.api, node.api.OpenVolume, {
+      pool_uuid: disk.info.uuid,
+      volume_uuid: volume.uuid,
+      publish_id: publishId,
+      read_only: reader,
+    });
+
+  it('cuts an open volume, and every slab is in the books of the layer that has it', async () => {
+    const node = await startNode('node-1');
+    await joined(node);
+    const volume = await create('v');
+    await open(node, volume, await publish(volume, node));
+    await stocked(node);
+    const opened = node.native.pool.volume(volume.uuid);
+    const old = opened.claim(2);
+    const snapshot = await snap(volume, 's');
+    expect(snapshot).toMatchObject({ state: 'READY', layer_bytes: String(2 * disk.info.slabSize) });
+    expect(await snap(volume, 's')).toEqual(snapshot);
+    await stocked(node);
+    const fresh = opened.claim(1);
+    const now = await until('the claim is reported', async () => {
+      const found = await get(volume);
+      return slabCount(found) === 3 ? found : undefined;
+    });
+    const numbers = (index: number): bigint[] =>
+      (now.layers[index]?.slabs ?? [])
+        .flatMap((run) => Array.from({ length: run.count }, (_, i) => BigInt(run.first) + BigInt(i)))
+        .sort();
+    expect([numbers(0), numbers(1)]).toEqual([fresh, old]);
+    expect(disk.layers.get(BigInt(snapshot.layer_id))).toMatchObject({ state: 'frozen', snapshotName: 's' });
+    await close(node, volume);
+  });
+
+  it('cuts a closed volume without a device, and one that was never opened', async () => {
+    const node = await startNode('node-1');
+    await joined(node);
+    for (const used of [true, false]) {
+      const volume = await create(`v ${used}`);
+      if (used) {
+        await open(node, volume, await publish(volume, node));
+        await stocked(node);
+        node.native.pool.volume(volume.uuid).claim(1);
+        await close(node, volume);
+      }
+      expect(await snap(volume, `s ${used}`)).toMatchObject({ state: 'READY' });
+      const now = await get(volume);
+      expect(now).toMatchObject({ grant: 'GRANT_STATE_FREE' });
+      expect(now.layers.map((layer) => layer.frozen)).toEqual([false, true]);
+      expect(disk.records.get(volume.slot)).toMatchObject({ state: 'closed' });
+      await unpublish(volume, node);
+      await open(node, volume, await publish(volume, node));
+      await close(node, volume);
+    }
+  });
+
+  it('opens copies of a snapshot and of a volume over the frozen layers', async () => {
+    const node = await startNode('node-1');
+    await joined(node);
+    const volume = await create('v');
+    await open(node, volume, await publish(volume, node));
+    const snapshot = await snap(volume, 's');
+    const restored = await copy('restored', { source_snapshot_uuid: snapshot.uuid });
+    const clone = await copy('clone', { source_volume_uuid: volume.uuid });
+    expect((await chainOf(restored)).slice(1)).toEqual([snapshot.layer_id]);
+    expect((await chainOf(clone)).slice(1)).toEqual((await chainOf(volume)).slice(1));
+    for (const each of [restored, clone]) {
+      await open(node, each, await publish(each, node));
+      expect(
+        node.native.pool
+          .volume(each.uuid)
+          .spec.layers.slice(1)
+          .every((layer) => layer.frozen),
+      ).toBe(true);
+      await close(node, each);
+    }
+    await close(node, volume);
+  });
+
+  it('lets many nodes read a copy, and no one write it meanwhile', async () => {
+    const [a, b] = [await startNode('node-1'), await startNode('node-2')];
+    await Promise.all([joined(a), joined(b)]);
+    const volume = await create('v');
+    const shared = await copy('shared', { source_volume_uuid: volume.uuid });
+    for (const node of [a, b]) await openAs(node, shared, await publishAs(shared, node, true), true);
+    expect((await get(shared)).readers).toHaveLength(2);
+    expect(disk.records.has(shared.slot)).toBe(false);
+    await expect(publishAs(shared, a, false)).rejects.toMatchObject({ code: expect.any(String) as unknown });
+    await close(a, shared);
+    expect((await get(shared)).readers).toHaveLength(1);
+    await unpublish(shared, b);
+    expect(b.native.pool.volume(shared.uuid).state).toBe('revoked');
+    await close(b, shared);
+    await unpublish(shared, a);
+    await openAs(a, shared, await publishAs(shared, a, false), false);
+    await close(a, shared);
+  });
+
+  it('cuts a group over two nodes and a closed volume as one', async () => {
+    const [a, b] = [await startNode('node-1'), await startNode('node-2')];
+    await Promise.all([joined(a), joined(b)]);
+    const volumes = [await create('one'), await create('two'), await create('three')];
+    const [one, two, three] = volumes as [Volume__Output, Volume__Output, Volume__Output];
+    await open(a, one, await publish(one, a));
+    await open(b, two, await publish(two, b));
+    const group = await call(
+      metadata,
+      metadata.CreateSnapshotGroup,
+      { request_id: 'g', name: 'g', source_volume_uuids: volumes.map((volume) => volume.uuid) },
+      { timeoutMs: 15_000 },
+    );
+    expect(group).toMatchObject({ state: 'READY' });
+    expect(group.snapshots.map((snapshot) => snapshot.source_volume_uuid).sort()).toEqual(
+      volumes.map((volume) => volume.uuid).sort(),
+    );
+    for (const volume of [a.native.pool.volume(one.uuid), b.native.pool.volume(two.uuid)]) {
+      expect(volume.writes).toBe('go on');
+      expect(volume.spec.layers).toHaveLength(2);
+    }
+    expect((await get(three)).grant).toBe('GRANT_STATE_FREE');
+    await close(a, one);
+    await close(b, two);
+  });
+
+  it('frees everything when all names and volumes are gone, in whichever order', async () => {
+    const node = await startNode('node-1');
+    await joined(node);
+    const volume = await create('v');
+    await open(node, volume, await publish(volume, node));
+    const snapshots = [];
+    for (const name of ['s1', 's2', 's3']) {
+      await stocked(node);
+      node.native.pool.volume(volume.uuid).claim(1);
+      snapshots.push(await snap(volume, name));
+    }
+    const clone = await copy('clone', { source_snapshot_uuid: snapshots[1]?.uuid ?? '' });
+    await open(node, clone, await publish(clone, node));
+    for (const index of [1, 0, 2]) await removeSnapshot(snapshots[index]?.uuid ?? '');
+    await close(node, volume);
+    await unpublish(volume, node);
+    await removeVolume(volume);
+    // The copy stands on the first two layers still.
+    await until('the rest is freed', async () =>
+      slabCount(await get(clone)) === 2 && (await chainOf(clone)).length === 3 ? true : undefined,
+    );
+    await close(node, clone);
+    await unpublish(clone, node);
+    await removeVolume(clone);
+    await allFree();
+    expect([...disk.owners.values()].filter((owner) => owner.state === 'claimed')).toEqual([]);
+  });
+
+  it('settles a cut whose agent died before it could answer', async () => {
+    const node = await startNode('node-1');
+    await joined(node);
+    const volume = await create('v');
+    await open(node, volume, await publish(volume, node));
+    node.native.pool.volume(volume.uuid).failNextCut = true;
+    const cutting = snap(volume, 's').catch((error: unknown) => error);
+    await until('the cut is asked for', () =>
+      node.native.pool.volume(volume.uuid).failNextCut ? undefined : true,
+    );
+    await node.agent.handOver();
+    await node.start();
+    await cutting;
+    const snapshot = await until('the snapshot', () => snap(volume, 's'));
+    expect(snapshot.state).toBe('READY');
+    expect(node.native.pool.volume(volume.uuid).spec.layers[1]?.layerId).toBe(BigInt(snapshot.layer_id));
+    await close(node, volume);
+  });
+});
