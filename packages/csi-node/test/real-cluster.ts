@@ -4,8 +4,14 @@ import { mkdir } from 'node:fs/promises';
 import { fileURLToPath } from 'node:url';
 import { credentials } from '@grpc/grpc-js';
 import { call, clientOptions } from '@holdfast/common';
-import { csi, holdfast, type Csi } from '@holdfast/proto';
-import { TestArea } from '@holdfast/testing';
+import {
+  csi,
+  holdfast,
+  type Csi,
+  type ListPoolsResponse__Output,
+  type Volume__Output,
+} from '@holdfast/proto';
+import { TestArea, waitFor } from '@holdfast/testing';
 import { DevUp } from '../../cli/src/harness/dev-process.ts';
 import { NodeClient } from './node-client.ts';
 
@@ -21,6 +27,8 @@ export class RealCluster {
   readonly nodes: NodeClient[];
   readonly metadata: InstanceType<typeof holdfast.Metadata>;
   readonly #controller: InstanceType<typeof csi.Controller>;
+  readonly #groups: InstanceType<typeof csi.GroupController>;
+  readonly #changes: InstanceType<typeof csi.SnapshotMetadata>;
   readonly #nodeIds: string[] = [];
 
   private constructor(area: TestArea, up: DevUp) {
@@ -29,11 +37,10 @@ export class RealCluster {
     const { state } = up;
     this.nodes = state.nodes.map((node) => new NodeClient(`unix:${node.csiSocket}`));
     this.metadata = new holdfast.Metadata(state.metadata, credentials.createInsecure(), clientOptions);
-    this.#controller = new csi.Controller(
-      `unix:${state.controllerSocket}`,
-      credentials.createInsecure(),
-      clientOptions,
-    );
+    const controller = `unix:${state.controllerSocket}`;
+    this.#controller = new csi.Controller(controller, credentials.createInsecure(), clientOptions);
+    this.#groups = new csi.GroupController(controller, credentials.createInsecure(), clientOptions);
+    this.#changes = new csi.SnapshotMetadata(controller, credentials.createInsecure(), clientOptions);
   }
 
   static async start(name: string, nodes: number): Promise<RealCluster> {
@@ -55,7 +62,7 @@ export class RealCluster {
   async stop(): Promise<void> {
     for (const node of this.nodes) node.close();
     this.metadata.close();
-    this.#controller.close();
+    for (const client of [this.#controller, this.#groups, this.#changes]) client.close();
     const left = await this.up.close();
     await this.area.dispose();
     if (left.length > 0) throw new Error(`The cluster left behind: ${left.join(', ')}`);
@@ -135,6 +142,115 @@ export class RealCluster {
 
   async remove(volume: Csi.Volume__Output): Promise<void> {
     await call(this.#controller, this.#controller.DeleteVolume, { volume_id: volume.volume_id });
+  }
+
+  async snapshot(
+    name: string,
+    volume: Csi.Volume__Output,
+    parameters: Record<string, string> = {},
+  ): Promise<Csi.Snapshot__Output> {
+    const answer = await call<Csi.CreateSnapshotResponse__Output>(
+      this.#controller,
+      this.#controller.CreateSnapshot,
+      { name, source_volume_id: volume.volume_id, parameters },
+      { timeoutMs: 60_000 },
+    );
+    return answer.snapshot as Csi.Snapshot__Output;
+  }
+
+  async removeSnapshot(snapshot: Csi.Snapshot__Output): Promise<void> {
+    await call(this.#controller, this.#controller.DeleteSnapshot, { snapshot_id: snapshot.snapshot_id });
+  }
+
+  /** A new volume from a snapshot or another volume; as large as that, or as asked for. */
+  async copy(
+    name: string,
+    of: Csi.Snapshot__Output | Csi.Volume__Output,
+    capability: Csi.VolumeCapability,
+    sizeBytes = 0,
+  ): Promise<Csi.Volume__Output> {
+    const answer = await call<Csi.CreateVolumeResponse__Output>(
+      this.#controller,
+      this.#controller.CreateVolume,
+      {
+        name,
+        capacity_range: { required_bytes: String(sizeBytes) },
+        volume_capabilities: [capability],
+        volume_content_source:
+          'snapshot_id' in of
+            ? { snapshot: { snapshot_id: of.snapshot_id } }
+            : { volume: { volume_id: of.volume_id } },
+      },
+      { timeoutMs: 60_000 },
+    );
+    return answer.volume as Csi.Volume__Output;
+  }
+
+  async group(
+    name: string,
+    volumes: readonly Csi.Volume__Output[],
+  ): Promise<Csi.VolumeGroupSnapshot__Output> {
+    const answer = await call<Csi.CreateVolumeGroupSnapshotResponse__Output>(
+      this.#groups,
+      this.#groups.CreateVolumeGroupSnapshot,
+      { name, source_volume_ids: volumes.map((volume) => volume.volume_id) },
+      { timeoutMs: 60_000 },
+    );
+    return answer.group_snapshot as Csi.VolumeGroupSnapshot__Output;
+  }
+
+  async removeGroup(group: Csi.VolumeGroupSnapshot__Output): Promise<void> {
+    await call(this.#groups, this.#groups.DeleteVolumeGroupSnapshot, {
+      group_snapshot_id: group.group_snapshot_id,
+      snapshot_ids: group.snapshots.map((snapshot) => snapshot.snapshot_id),
+    });
+  }
+
+  /** [offset, length] of what may differ; without `base`: of what holds data. */
+  async changes(
+    base: Csi.Snapshot__Output | undefined,
+    target: Csi.Snapshot__Output,
+    maxResults = 0,
+  ): Promise<[number, number][]> {
+    const stream =
+      base === undefined
+        ? this.#changes.GetMetadataAllocated({ snapshot_id: target.snapshot_id, max_results: maxResults })
+        : this.#changes.GetMetadataDelta({
+            base_snapshot_id: base.snapshot_id,
+            target_snapshot_id: target.snapshot_id,
+            max_results: maxResults,
+          });
+    const found: [number, number][] = [];
+    for await (const message of stream) {
+      const { block_metadata } = message as Csi.GetMetadataDeltaResponse__Output;
+      if (maxResults > 0 && block_metadata.length > maxResults) throw new Error('a message is too long');
+      found.push(
+        ...block_metadata.map((block): [number, number] => [
+          Number(block.byte_offset),
+          Number(block.size_bytes),
+        ]),
+      );
+    }
+    return found;
+  }
+
+  /** As the metadata service has it. */
+  volume(volume: Csi.Volume__Output): Promise<Volume__Output> {
+    return call(this.metadata, this.metadata.GetVolume, { uuid: volume.volume_id.split('/')[1] ?? '' });
+  }
+
+  /** Waits until no slab belongs to anything. */
+  async emptied(timeoutMs = 30_000): Promise<void> {
+    await waitFor(
+      'all slabs to come back',
+      async () => {
+        const { pools } = await call<ListPoolsResponse__Output>(this.metadata, this.metadata.ListPools, {});
+        const [only] = pools;
+        const free = Number(only?.slabs_free) + Number(only?.slabs_ahead);
+        return free === Number(only?.slab_count) && only?.provisioned_bytes === '0' ? true : undefined;
+      },
+      { timeoutMs },
+    );
   }
 
   /** Everything that the kubelet does to bring a volume to a pod on a node. */
