@@ -2,7 +2,13 @@
 import { randomUUID } from 'node:crypto';
 import { credentials } from '@grpc/grpc-js';
 import { call, createLogger, type Logger } from '@holdfast/common';
-import { holdfast, type Host__Output, type Pool__Output, type Volume__Output } from '@holdfast/proto';
+import {
+  holdfast,
+  type Host__Output,
+  type Pool__Output,
+  type Snapshot__Output,
+  type Volume__Output,
+} from '@holdfast/proto';
 import { startMetadataService, type MetadataService, type MetadataServiceOptions } from '../src/index.ts';
 import { FakeAgent, FakeDisk, type AgentOptions } from './fake-agent.ts';
 
@@ -92,6 +98,15 @@ export class Cluster {
 
   unpublish(uuid: string, agent: FakeAgent, timeoutMs = 10_000): Promise<object> {
     return this.rpc('UnpublishVolume', { uuid, node_id: agent.nodeId }, timeoutMs);
+  }
+
+  snapshot(
+    name: string,
+    source: string,
+    request: object = {},
+    timeoutMs = 10_000,
+  ): Promise<Snapshot__Output> {
+    return this.rpc('CreateSnapshot', { name, source_volume_uuid: source, ...request }, timeoutMs);
   }
 
   volume(uuid: string): Promise<Volume__Output> {

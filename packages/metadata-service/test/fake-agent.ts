@@ -11,6 +11,7 @@ import {
   type FencingClass,
   type Grant__Output,
   type HostRef__Output,
+  type Layer__Output,
   type Order__Output,
   type OrderResult,
   type ServiceMessage__Output,
@@ -22,6 +23,8 @@ interface SlabPage {
   generation: bigint;
   layerId: bigint;
   bad: boolean;
+  /** Logical blocks that it has; of a frozen layer a strip takes them away. */
+  blocks?: Set<number>;
 }
 interface RecordPage {
   volumeId: string;
@@ -62,6 +65,10 @@ export class FakeDisk {
   readonly heartbeats = new Map<number, { state: string; generation: bigint; sequence: bigint }>();
   readonly records = new Map<string, RecordPage>();
   readonly pages = new Map<number, SlabPage>();
+  /** Layers whose record says that they are deleted. */
+  readonly tombstones = new Set<string>();
+  /** Names in the records of frozen layers. */
+  readonly names = new Map<string, string>();
   /** Lock paths that a process holds. */
   readonly locks = new Set<string>();
   /** Fence pages are acknowledged, but go nowhere. */
@@ -97,8 +104,16 @@ export class FakeAgent {
   welcomed: Welcome__Output | undefined;
   /** Orders by kind that get no answer (a hung engine). */
   readonly mute = new Set<string>();
+  /** Orders by kind that are carried out, but whose answer is lost. */
+  readonly loseAnswers = new Set<string>();
   /** Replaces the answer to an order. */
   readonly override = new Map<string, (order: Order__Output) => Answer>();
+  /** What is held for a group, until it is cut or released. */
+  held: { cutId: string; volumes: string[] } | undefined;
+  /** Slabs that a holder here was told to forget. */
+  readonly forgotten: number[] = [];
+  /** The newest epoch of each volume that was revoked here: nothing older is opened any more. */
+  readonly #revoked = new Map<string, bigint>();
   readonly client: InstanceType<typeof holdfast.Agents>;
   #stream: ClientDuplexStream<AgentMessage, ServiceMessage__Output> | undefined;
   readonly #options: AgentOptions;
@@ -205,8 +220,7 @@ export class FakeAgent {
 
   /** Frozen: connected or not, nothing is answered and no heartbeat is written, but the lock is held. */
   freeze(): void {
-    for (const kind of ['revoke', 'write_fence', 'read_heartbeat', 'test_lock', 'scan_slabs', 'wipe_volume'])
-      this.mute.add(kind);
+    for (const kind of orderKinds) this.mute.add(kind);
     this.stopHeart();
   }
 
@@ -299,10 +313,18 @@ export class FakeAgent {
   /** Stages and opens: the record is written, as the engine does before anything else. */
   async openVolume(disk: FakeDisk, volumeUuid: string, publishId: string): Promise<Grant__Output> {
     const grant = await this.stage(disk, volumeUuid, publishId);
+    // A reader beside others writes nothing.
+    if (grant.read_only) {
+      this.open.set(volumeUuid, grant);
+      await this.ask('VolumeOpened', disk, { volume_uuid: volumeUuid, epoch: grant.epoch });
+      return grant;
+    }
     const host = this.hosts.get(disk.uuid);
     const before = disk.records.get(volumeUuid);
     if (before !== undefined && before.epoch >= BigInt(grant.epoch))
       throw new Error('the record is newer than the grant');
+    if (before !== undefined && before.layers[0]?.layer_id !== grant.layers[0]?.layer_id)
+      throw new Error('the record names another top than the grant');
     disk.records.set(volumeUuid, {
       volumeId: grant.volume_id,
       uuid: volumeUuid,
@@ -323,7 +345,8 @@ export class FakeAgent {
   async returnVolume(disk: FakeDisk, volumeUuid: string): Promise<void> {
     const grant = this.open.get(volumeUuid);
     if (grant === undefined) throw new Error('not open');
-    this.#closeOnDisk(disk, volumeUuid);
+    if (grant.read_only) this.open.delete(volumeUuid);
+    else this.#closeOnDisk(disk, volumeUuid);
     await this.ask('ReturnVolume', disk, { volume_uuid: volumeUuid, epoch: grant.epoch });
   }
 
@@ -343,6 +366,7 @@ export class FakeAgent {
   claim(
     disk: FakeDisk,
     grant: Grant__Output,
+    blocks: readonly number[] = [],
   ): { volume_id: string; layer_id: string; slab: string; generation: string } {
     const stock = this.stock.get(disk.uuid) ?? [];
     const run = stock.find((candidate) => candidate.count > 0);
@@ -351,20 +375,19 @@ export class FakeAgent {
     run.first = String(slab + 1);
     run.count -= 1;
     const layerId = grant.layers[0]?.layer_id ?? '0';
-    disk.pages.set(slab, { generation: BigInt(run.generation), layerId: BigInt(layerId), bad: false });
+    disk.pages.set(slab, {
+      generation: BigInt(run.generation),
+      layerId: BigInt(layerId),
+      bad: false,
+      blocks: new Set(blocks),
+    });
     return { volume_id: grant.volume_id, layer_id: layerId, slab: String(slab), generation: run.generation };
   }
 
   claimsOf(poolUuid: string, grant: Grant__Output): object[] {
     const layerId = grant.layers[0]?.layer_id ?? '0';
-    return [...(this.disks.get(poolUuid)?.pages ?? [])]
-      .filter(([, page]) => page.layerId === BigInt(layerId))
-      .map(([slab, page]) => ({
-        volume_id: grant.volume_id,
-        layer_id: layerId,
-        slab: String(slab),
-        generation: page.generation.toString(),
-      }));
+    const disk = this.disks.get(poolUuid);
+    return disk === undefined ? [] : claimsOfLayer(disk, grant.volume_id, layerId);
   }
 
   #carryOut(order: Order__Output): void {
@@ -380,6 +403,7 @@ export class FakeAgent {
       } catch (error) {
         answer = { error_code: 'HF_TEST', error_message: String(error) };
       }
+      if (this.loseAnswers.has(kind)) return;
       this.send({ order_result: { order_id: order.order_id, ...answer } });
     };
     if (order.claim_authority) setTimeout(finish, Number(order.claim_authority.wait_ms));
@@ -445,18 +469,213 @@ export class FakeAgent {
       return { slab_owners: { owners } };
     }
     if (order.wipe_volume) return wipe(disk, order.wipe_volume);
-    if (order.read_volume_record)
-      return { volume_record: readRecord(disk, order.read_volume_record.volume_uuid) };
+    if (order.read_volume_record) return { volume_record: readRecord(disk, order.read_volume_record) };
+    if (order.hold_volumes) return this.#hold(order.hold_volumes);
+    if (order.release_volumes) {
+      if (this.held?.cutId === order.release_volumes.cut_id) this.held = undefined;
+      return {};
+    }
+    if (order.cut_volumes) return this.#cut(disk, order.cut_volumes);
+    if (order.forget_slabs) return this.#forget(order.forget_slabs);
+    if (order.strip_layers)
+      return this.#ofThisLife(disk, order.strip_layers) ?? strip(disk, order.strip_layers);
+    if (order.wipe_layers) {
+      return this.#ofThisLife(disk, order.wipe_layers) ?? wipeLayers(disk, order.wipe_layers);
+    }
+    if (order.read_changes) return readChanges(disk, order.read_changes);
     return { error_code: 'UNIMPLEMENTED', error_message: `order ${order.order}` };
   }
 
+  #ofThisLife(disk: FakeDisk, order: { generation: string }): Answer | undefined {
+    return this.hosts.get(disk.uuid)?.generation === order.generation
+      ? undefined
+      : { error_code: 'STALE', error_message: 'another generation' };
+  }
+
+  #hold(order: NonNullable<Order__Output['hold_volumes']>): Answer {
+    const away = order.volumes.find(({ volume_uuid, epoch }) => this.open.get(volume_uuid)?.epoch !== epoch);
+    if (away !== undefined) return { error_code: 'UNKNOWN_VOLUME', error_message: 'not open here' };
+    this.held = { cutId: order.cut_id, volumes: order.volumes.map((one) => one.volume_uuid) };
+    return {};
+  }
+
+  #cut(disk: FakeDisk, order: NonNullable<Order__Output['cut_volumes']>): Answer {
+    const done = (cut: (typeof order.cuts)[number]): boolean =>
+      disk.records.get(cut.volume_uuid)?.layers[0]?.layer_id === cut.top?.layer_id;
+    const lost = order.cut_id !== '' && this.held?.cutId !== order.cut_id;
+    if (lost && !order.cuts.every(done)) {
+      return { error_code: 'HF_HOLD_EXPIRED', error_message: 'not held any more' };
+    }
+    const volumes = [];
+    for (const cut of order.cuts) {
+      const { grant, top, volume_uuid: uuid } = cut;
+      if (!top) return { error_code: 'HF_INVALID_ARGUMENT', error_message: 'no top' };
+      if (grant) {
+        const before = disk.records.get(uuid);
+        const stale =
+          (this.#revoked.get(uuid) ?? 0n) >= BigInt(grant.epoch) ||
+          (before?.epoch ?? 0n) >= BigInt(grant.epoch);
+        if (stale) return { error_code: 'STALE', error_message: 'a newer epoch is known' };
+        const chain = grant.layers.map((layer) => ({ ...layer, slabs: undefined }));
+        disk.records.set(uuid, recordOf(grant, this.hosts.get(disk.uuid), before?.layers ?? chain, 'closed'));
+      } else if (this.open.get(uuid)?.epoch !== cut.epoch) {
+        return { error_code: 'UNKNOWN_VOLUME', error_message: 'not open here' };
+      }
+      const record = disk.records.get(uuid)!;
+      if (!done(cut)) {
+        const frozen = { ...record.layers[0]!, frozen: true };
+        record.layers = [
+          { ...top, slabs: undefined } as (typeof record.layers)[number],
+          frozen,
+          ...record.layers.slice(1),
+        ];
+        disk.names.set(frozen.layer_id, cut.snapshot_name);
+      }
+      const frozenId = record.layers[1]!.layer_id;
+      const open = this.open.get(uuid);
+      if (open !== undefined && open.layers[0]?.layer_id !== top.layer_id) {
+        open.layers = [top, { ...open.layers[0]!, frozen: true }, ...open.layers.slice(1)];
+      }
+      volumes.push({
+        volume_uuid: uuid,
+        size_bytes: record.layers[1]!.size_bytes,
+        claimed: claimsOfLayer(disk, record.volumeId, frozenId),
+        held_us: '1500',
+        epoch: grant?.epoch ?? cut.epoch,
+      });
+    }
+    if (order.cut_id !== '') this.held = undefined;
+    return { cut: { volumes } };
+  }
+
+  #forget(order: NonNullable<Order__Output['forget_slabs']>): Answer {
+    const grant = this.open.get(order.volume_uuid);
+    if (grant?.epoch !== order.epoch) return { error_code: 'UNKNOWN_VOLUME', error_message: 'not open here' };
+    for (const run of order.slabs) {
+      for (let n = 0; n < run.count; n++) this.forgotten.push(Number(run.first) + n);
+    }
+    return {};
+  }
+
   #revoke(disk: FakeDisk, uuid: string, epoch: string): Answer {
+    if (BigInt(epoch) > (this.#revoked.get(uuid) ?? 0n)) this.#revoked.set(uuid, BigInt(epoch));
     const grant = this.open.get(uuid);
     if (grant?.epoch !== epoch) return { error_code: 'UNKNOWN_VOLUME', error_message: 'not open here' };
-    const claimed = this.claimsOf(disk.uuid, grant);
-    this.#closeOnDisk(disk, uuid);
+    const claimed = grant.read_only ? [] : this.claimsOf(disk.uuid, grant);
+    if (grant.read_only) this.open.delete(uuid);
+    else this.#closeOnDisk(disk, uuid);
     return { revoked: { epoch, was_open: true, claimed } };
   }
+}
+
+const orderKinds = [
+  'revoke',
+  'write_fence',
+  'read_heartbeat',
+  'test_lock',
+  'scan_slabs',
+  'wipe_volume',
+  'read_volume_record',
+  'hold_volumes',
+  'cut_volumes',
+  'forget_slabs',
+  'strip_layers',
+  'wipe_layers',
+];
+
+function recordOf(
+  grant: Grant__Output,
+  host: HostRef__Output | undefined,
+  layers: RecordPage['layers'],
+  state: string,
+): RecordPage {
+  return {
+    volumeId: grant.volume_id,
+    uuid: grant.volume_uuid,
+    name: grant.name,
+    sizeBytes: grant.size_bytes,
+    state,
+    epoch: BigInt(grant.epoch),
+    hostId: host?.host_id ?? 0,
+    generation: host?.generation ?? '0',
+    slot: grant.slot,
+    layers,
+  };
+}
+
+function claimsOfLayer(
+  disk: FakeDisk,
+  volumeId: string,
+  layerId: string,
+): { volume_id: string; layer_id: string; slab: string; generation: string }[] {
+  return [...disk.pages]
+    .filter(([, page]) => page.layerId === BigInt(layerId))
+    .map(([slab, page]) => ({
+      volume_id: volumeId,
+      layer_id: layerId,
+      slab: String(slab),
+      generation: page.generation.toString(),
+    }));
+}
+
+/** The pages of a layer's slabs that still name it. */
+function pagesOf(disk: FakeDisk, layer: Layer__Output): [slab: number, page: SlabPage][] {
+  return layer.slabs.flatMap((run) =>
+    Array.from({ length: run.count }, (_, n) => Number(run.first) + n).flatMap((slab) => {
+      const page = disk.pages.get(slab);
+      const ours = page?.layerId === BigInt(layer.layer_id) && page.generation === BigInt(run.generation);
+      return ours ? [[slab, page] as [number, SlabPage]] : [];
+    }),
+  );
+}
+
+function strip(disk: FakeDisk, order: NonNullable<Order__Output['strip_layers']>): Answer {
+  const covered = new Set(
+    order.covers.flatMap((layer) => pagesOf(disk, layer).flatMap(([, page]) => [...(page.blocks ?? [])])),
+  );
+  const emptied: SlabRun__Output[] = [];
+  const uses: object[] = [];
+  let cleared = 0;
+  for (const victim of order.victims) {
+    const own: number[] = [];
+    let live = 0;
+    for (const [slab, page] of pagesOf(disk, victim)) {
+      const blocks = page.blocks ?? new Set();
+      own.push(...blocks);
+      for (const block of blocks) if (covered.has(block) && blocks.delete(block)) cleared += 1;
+      live += blocks.size;
+      if (blocks.size === 0)
+        emptied.push({ first: String(slab), count: 1, generation: page.generation.toString() });
+    }
+    for (const block of own) covered.add(block);
+    uses.push({ layer_id: victim.layer_id, live_blocks: String(live), slabs: '0' });
+  }
+  return { strip: { emptied, cleared_blocks: String(cleared), uses } };
+}
+
+function wipeLayers(disk: FakeDisk, order: NonNullable<Order__Output['wipe_layers']>): Answer {
+  for (const layer of order.layers) {
+    for (const [slab] of pagesOf(disk, layer)) disk.pages.delete(slab);
+    if (order.tombstone) disk.tombstones.add(layer.layer_id);
+  }
+  return {};
+}
+
+function readChanges(disk: FakeDisk, order: NonNullable<Order__Output['read_changes']>): Answer {
+  const blocks = new Set(
+    order.target.flatMap((layer) => pagesOf(disk, layer).flatMap(([, page]) => [...(page.blocks ?? [])])),
+  );
+  const sorted = [...blocks]
+    .sort((a, b) => a - b)
+    .filter((block) => block * 4096 >= Number(order.starting_offset));
+  const shown = sorted.slice(0, order.max_ranges);
+  const next = sorted[shown.length];
+  return {
+    changes: {
+      ranges: shown.map((block) => ({ offset: String(block * 4096), length: '4096' })),
+      next_offset: next === undefined ? '0' : String(next * 4096),
+    },
+  };
 }
 
 function wipe(disk: FakeDisk, order: NonNullable<Order__Output['wipe_volume']>): Answer {
@@ -473,8 +692,13 @@ function wipe(disk: FakeDisk, order: NonNullable<Order__Output['wipe_volume']>):
   return {};
 }
 
-function readRecord(disk: FakeDisk, uuid: string): NonNullable<OrderResult['volume_record']> {
-  const record = disk.records.get(uuid);
+function readRecord(
+  disk: FakeDisk,
+  { volume_uuid, slot }: NonNullable<Order__Output['read_volume_record']>,
+): NonNullable<OrderResult['volume_record']> {
+  const record = [...disk.records.values()].find((one) =>
+    volume_uuid === '' ? one.slot === slot : one.uuid === volume_uuid,
+  );
   if (record === undefined) return { found: false };
   return {
     found: true,
@@ -484,7 +708,8 @@ function readRecord(disk: FakeDisk, uuid: string): NonNullable<OrderResult['volu
     host_id: record.hostId,
     generation: record.generation,
     slot: record.slot,
-    uuid,
+    uuid: record.uuid,
+    top_layer_id: record.layers[0]?.layer_id ?? '0',
     name: record.name,
     size_bytes: record.sizeBytes,
     parameters_json: '{}',

@@ -396,7 +396,10 @@ export function maintain(d: Decision, pool: PoolRecord, volume: VolumeRecord, li
     nextEpoch: nextEpoch(volume.lastEpoch, d.service.incarnation),
   });
   if (outcome.type === 'stale') {
-    throw new HoldfastError('UNAVAILABLE', `Volume ${volume.name} cannot be opened for a cut: ${outcome.why}.`);
+    throw new HoldfastError(
+      'UNAVAILABLE',
+      `Volume ${volume.name} cannot be opened for a cut: ${outcome.why}.`,
+    );
   }
 }
 

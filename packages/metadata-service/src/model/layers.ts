@@ -95,7 +95,8 @@ export function attach(d: Decision, poolUuid: string, layerId: bigint, parentLay
 export function useChanged(d: Decision, poolUuid: string, layerId: bigint): void {
   const layer = tables.layer.get(d.tx, poolUuid, layerId);
   const idle =
-    layer !== undefined && (layer.removed === null ? isNameless(layer) && layer.children <= 1 : !layer.removed.wiped);
+    layer !== undefined &&
+    (layer.removed === null ? isNameless(layer) && layer.children <= 1 : !layer.removed.wiped);
   if (idle) tables.reclaim.put(d.tx, true, poolUuid, layerId);
   else tables.reclaim.delete(d.tx, poolUuid, layerId);
 }

@@ -188,12 +188,7 @@ export function stripEnded(
   }
   const again = outcome.clearedBlocks > 0n || last === undefined ? intervalMs : 2 * last.intervalMs;
   const next = Math.min(Math.max(again, intervalMs), maxBackoff * intervalMs);
-  tables.fold.put(
-    d.tx,
-    { ...strip, intervalMs: next, dueUnixMs: d.nowUnixMs + next },
-    poolUuid,
-    newestId,
-  );
+  tables.fold.put(d.tx, { ...strip, intervalMs: next, dueUnixMs: d.nowUnixMs + next }, poolUuid, newestId);
   if (outcome.clearedBlocks === 0n && left === 0) return;
   audit(d, 'strip', {
     poolUuid,
@@ -232,8 +227,7 @@ export function slabsForgotten(
   const record = tables.leaving.get(d.tx, poolUuid, layerId, sequence);
   if (record === undefined) return;
   const waiting = record.waiting.filter(
-    (ref) =>
-      ref.volumeUuid !== by.volumeUuid || ref.epoch !== by.epoch || !sameLife(ref.holder, by.holder),
+    (ref) => ref.volumeUuid !== by.volumeUuid || ref.epoch !== by.epoch || !sameLife(ref.holder, by.holder),
   );
   if (waiting.length === record.waiting.length) return;
   tables.leaving.put(d.tx, { ...record, waiting }, poolUuid, layerId, sequence);

@@ -10,13 +10,7 @@ import { audit, requireAuthority, requirePool, type Decision } from './decision.
 import { isMaintenance } from './grant.ts';
 import { requireReady, requireVolume } from './grants.ts';
 import { attach, layersOf, makeLayer, maxChain, requireLayer, useChanged } from './layers.ts';
-import {
-  tables,
-  type CutRecord,
-  type HostLife,
-  type SnapshotRecord,
-  type VolumeRecord,
-} from './records.ts';
+import { tables, type CutRecord, type HostLife, type SnapshotRecord, type VolumeRecord } from './records.ts';
 import { checkName, checkParameters, maxListEntries, sameParameters, uuidOfToken } from './volumes.ts';
 
 /** Freezes the mounted file system around the cut. */
@@ -331,7 +325,10 @@ export function listSnapshots(
   }
   const found =
     sourceVolumeUuid === ''
-      ? tables.snapshot.list(tx, [], { ...(after === undefined ? {} : { after: [after] }), limit: wanted + 1 })
+      ? tables.snapshot.list(tx, [], {
+          ...(after === undefined ? {} : { after: [after] }),
+          limit: wanted + 1,
+        })
       : tables.snapshotSource
           .entries(tx, [sourceVolumeUuid], {
             ...(after === undefined ? {} : { after: [sourceVolumeUuid, after] }),

@@ -76,7 +76,10 @@ function sourceOf(d: Decision, request: CreateRequest): Source | undefined {
       throw new HoldfastError('NOT_FOUND', `Snapshot ${request.sourceSnapshotUuid} does not exist.`);
     }
     if (snapshot.state !== 'READY') {
-      throw new HoldfastError('UNAVAILABLE', `Snapshot ${snapshot.name} is still being cut. Repeat the call.`);
+      throw new HoldfastError(
+        'UNAVAILABLE',
+        `Snapshot ${snapshot.name} is still being cut. Repeat the call.`,
+      );
     }
     checkSource(request, snapshot.poolUuid, snapshot.sizeBytes, `snapshot ${snapshot.name}`);
     return snapshot;
@@ -203,7 +206,10 @@ function hasParameters(volume: VolumeRecord, asked: Readonly<Record<string, stri
   return sameParameters(volume.parameters, full);
 }
 
-export function sameParameters(a: Readonly<Record<string, string>>, b: Readonly<Record<string, string>>): boolean {
+export function sameParameters(
+  a: Readonly<Record<string, string>>,
+  b: Readonly<Record<string, string>>,
+): boolean {
   const keys = Object.keys(a);
   return keys.length === Object.keys(b).length && keys.every((key) => a[key] === b[key]);
 }
@@ -424,7 +430,9 @@ export function listVolumes(
       ...(after === undefined ? {} : { after: [after] }),
       limit: wanted + 1,
     });
-    volumes.push(...page.filter(({ state }) => state === 'READY' || (includeDeleting && state === 'DELETING')));
+    volumes.push(
+      ...page.filter(({ state }) => state === 'READY' || (includeDeleting && state === 'DELETING')),
+    );
     after = page.at(-1)?.uuid;
     if (page.length <= wanted) break;
   }
@@ -501,11 +509,18 @@ function requireHolderDead(d: Decision, pool: PoolRecord, disk: VolumeOnDisk): v
  */
 function insertFromDisk(d: Decision, pool: PoolRecord, uuid: string, disk: VolumeOnDisk): VolumeRecord {
   const [top] = disk.layers;
-  const shared = disk.layers.findIndex((layer) => tables.layer.get(d.tx, pool.uuid, layer.layerId) !== undefined);
+  const shared = disk.layers.findIndex(
+    (layer) => tables.layer.get(d.tx, pool.uuid, layer.layerId) !== undefined,
+  );
   const fresh = shared < 0 ? disk.layers : disk.layers.slice(0, shared);
   const below = shared < 0 ? undefined : disk.layers[shared];
   const sane = fresh.every((layer, index) => layer.frozen === index > 0);
-  if (top === undefined || fresh.length === 0 || !sane || (below !== undefined && !isSameLayer(d, pool, below))) {
+  if (
+    top === undefined ||
+    fresh.length === 0 ||
+    !sane ||
+    (below !== undefined && !isSameLayer(d, pool, below))
+  ) {
     throw new HoldfastError(
       'CORRUPT',
       `Volume ${disk.name} on pool ${pool.name} cannot be known again: its layers are incomplete, or their numbers are ` +
@@ -517,7 +532,14 @@ function insertFromDisk(d: Decision, pool: PoolRecord, uuid: string, disk: Volum
   let parentId = below === undefined ? 0n : livingLayer(d, pool, below.layerId);
   for (const layer of fresh.toReversed()) {
     markSlot(d, pool, 'layer', layer.slot, true);
-    const record = { ...unused, ...layer, parentLayerId: 0n, volumeUuid: uuid, slabCount: 0, kept: layer.frozen };
+    const record = {
+      ...unused,
+      ...layer,
+      parentLayerId: 0n,
+      volumeUuid: uuid,
+      slabCount: 0,
+      kept: layer.frozen,
+    };
     tables.layer.put(d.tx, record, pool.uuid, layer.layerId);
     if (parentId !== 0n) attach(d, pool.uuid, layer.layerId, parentId);
     parentId = layer.layerId;

@@ -52,7 +52,10 @@ async function send(core: Core, sessions: Sessions, stream: Stream): Promise<voi
       if ((first || page.ranges.length > 0) && !stream.write(response)) await drained(stream);
       if (page.next_offset === '0') return;
       if (BigInt(page.next_offset) <= offset) {
-        throw new HoldfastError('INTERNAL', `An agent did not get beyond offset ${offset} of ${target.name}.`);
+        throw new HoldfastError(
+          'INTERNAL',
+          `An agent did not get beyond offset ${offset} of ${target.name}.`,
+        );
       }
       offset = BigInt(page.next_offset);
     }

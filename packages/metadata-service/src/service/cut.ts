@@ -92,7 +92,11 @@ export async function cutStep(
 }
 
 /** A live host gets the volume for the cut alone. */
-export async function openForCut(core: Core, sessions: Sessions, { pool, volume, cut }: CutScene): Promise<void> {
+export async function openForCut(
+  core: Core,
+  sessions: Sessions,
+  { pool, volume, cut }: CutScene,
+): Promise<void> {
   const life = lifeOf(anyLiveHost(core, sessions, pool));
   await core.decide((d) => {
     const now = cutScene(d.tx, volume.uuid);
@@ -180,7 +184,10 @@ async function settle(
   const answers = new Map(result.cut?.volumes.map((one) => [one.volume_uuid, one]));
   const missing = scenes.find(({ volume }) => !answers.has(volume.uuid));
   if (missing !== undefined) {
-    throw new OrderFailed('INCOMPLETE', `The agent of ${life.nodeId} left volume ${missing.volume.name} out of a cut.`);
+    throw new OrderFailed(
+      'INCOMPLETE',
+      `The agent of ${life.nodeId} left volume ${missing.volume.name} out of a cut.`,
+    );
   }
   await core.decide((d) => {
     for (const { volume, cut } of scenes) {

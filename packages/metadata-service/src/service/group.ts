@@ -19,7 +19,12 @@ const expired = ['HF_HOLD_EXPIRED', 'HOLD_EXPIRED'];
 
 type Seconds = (held: number) => void;
 
-export async function cutGroup(core: Core, sessions: Sessions, uuid: string, seconds: Seconds): Promise<void> {
+export async function cutGroup(
+  core: Core,
+  sessions: Sessions,
+  uuid: string,
+  seconds: Seconds,
+): Promise<void> {
   for (;;) {
     const group = core.read((tx) => tables.group.get(tx, uuid));
     if (group === undefined || group.state === 'READY' || core.stopped.signal.aborted) return;
@@ -72,7 +77,11 @@ async function hold(core: Core, sessions: Sessions, group: GroupRecord): Promise
     ({ volume: { grant } }) => grant.state !== 'OPEN' || !sessions.isConnected(grant.holder?.nodeId ?? ''),
   );
   if (away !== undefined) {
-    return await fail(core, group, `volume ${away.volume.name} is ${away.volume.grant.state}, or its agent is away`);
+    return await fail(
+      core,
+      group,
+      `volume ${away.volume.name} is ${away.volume.grant.state}, or its agent is away`,
+    );
   }
   const byHolder = groupByHolder(open);
   const held = await Promise.allSettled(
@@ -162,7 +171,9 @@ async function cut(core: Core, sessions: Sessions, group: GroupRecord, seconds: 
     ),
     ...rest.map((scene) => cutStep(core, sessions, scene, seconds)),
   ]);
-  const errors = results.filter((result) => result.status === 'rejected').map(({ reason }) => reason as unknown);
+  const errors = results
+    .filter((result) => result.status === 'rejected')
+    .map(({ reason }) => reason as unknown);
   const lost = errors.find((error) => error instanceof OrderFailed && expired.includes(error.code));
   if (lost !== undefined) {
     await release(core, sessions, group, groupByHolder(open));

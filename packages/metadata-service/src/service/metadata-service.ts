@@ -227,10 +227,7 @@ export class MetadataApi {
     return `volume ${volume?.name ?? volumeUuid} is being cut${why === '' ? '' : ` (${why.replace(/\.$/, '')})`}`;
   }
 
-  async #createSnapshot(
-    request: CreateSnapshotRequest__Output,
-    context: CallContext,
-  ): Promise<WireSnapshot> {
+  async #createSnapshot(request: CreateSnapshotRequest__Output, context: CallContext): Promise<WireSnapshot> {
     const { answer: uuid } = await this.#core.decide((d) =>
       once(d, 'CreateSnapshot', request, () => {
         const wanted = {
@@ -340,7 +337,9 @@ export class MetadataApi {
         const left = volume?.publications.filter((one) => publishIds.includes(one.publishId)) ?? [];
         return left.map(({ nodeId, publishId }) => {
           const grants = volume === undefined ? [] : [volume.grant, ...volume.readers];
-          const holder = grants.find((grant) => grant.state !== 'FREE' && grant.publishId === publishId)?.holder;
+          const holder = grants.find(
+            (grant) => grant.state !== 'FREE' && grant.publishId === publishId,
+          )?.holder;
           const host = holder ? tables.host.get(tx, volume?.poolUuid ?? '', holder.hostId) : undefined;
           return {
             name: volume?.name ?? '',

@@ -94,11 +94,16 @@ export class Metrics {
         set({ pool: pool.name }, usedPercent(pool) / 100);
       }
     });
-    gauge('pool_space_warning', 'Threshold of used slabs, in percent, that a pool is over; 0: none', ['pool'], (set) => {
-      for (const pool of core.read((tx) => tables.pool.list(tx))) {
-        set({ pool: pool.name }, pool.warnedPercent ?? 0);
-      }
-    });
+    gauge(
+      'pool_space_warning',
+      'Threshold of used slabs, in percent, that a pool is over; 0: none',
+      ['pool'],
+      (set) => {
+        for (const pool of core.read((tx) => tables.pool.list(tx))) {
+          set({ pool: pool.name }, pool.warnedPercent ?? 0);
+        }
+      },
+    );
     gauge('snapshots', 'Snapshots of a pool by state', ['pool', 'state'], (set) => {
       core.read((tx) => {
         const snapshots = tables.snapshot.list(tx);

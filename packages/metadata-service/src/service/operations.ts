@@ -182,7 +182,9 @@ export class Operations {
     }));
     for (const [[, layer, sequence]] of leaving) {
       const key = [BigInt(layer as string), BigInt(sequence as string)] as const;
-      this.#ensure(`release ${poolUuid}/${key.join('/')}`, () => releaseSlabs(core, sessions, poolUuid, ...key));
+      this.#ensure(`release ${poolUuid}/${key.join('/')}`, () =>
+        releaseSlabs(core, sessions, poolUuid, ...key),
+      );
     }
     const of = (type: ReclaimWork['type']): bigint[] =>
       works.filter((work) => work.type === type).map((work) => work.layerId);

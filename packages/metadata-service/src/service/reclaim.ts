@@ -88,7 +88,8 @@ export async function releaseSlabs(
       };
     });
     const { pool, layer, record, waiting } = found;
-    if (pool === undefined || layer === undefined || record === undefined || core.stopped.signal.aborted) return;
+    if (pool === undefined || layer === undefined || record === undefined || core.stopped.signal.aborted)
+      return;
     if (waiting.length === 0 && !core.pinned(poolUuid, layerId)) {
       return await wipe(core, sessions, pool, layer, record.runs, sequence);
     }
@@ -130,7 +131,10 @@ async function forget(
     );
   } catch (error) {
     if (!(error instanceof OrderFailed)) throw error;
-    core.logger.info({ volume: ref.volumeUuid, node: ref.holder.nodeId }, `Forgetting slabs: ${error.message}`);
+    core.logger.info(
+      { volume: ref.volumeUuid, node: ref.holder.nodeId },
+      `Forgetting slabs: ${error.message}`,
+    );
     return;
   }
   await core.decide((d) => slabsForgotten(d, poolUuid, layerId, sequence, ref));
