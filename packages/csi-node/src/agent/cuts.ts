@@ -34,6 +34,8 @@ interface Hold {
   readonly cutId: string;
   readonly volumes: Map<string, LocalVolume>;
   readonly frozen: Frozen[];
+  /** Settles when all are held, or not all could be. */
+  held: Promise<void>;
   timer: NodeJS.Timeout | undefined;
   over: boolean;
 }
@@ -61,12 +63,16 @@ export class Cuts {
 
   // ------------------------------------------------------------------------------------------ holding
 
-  /** Resolves when no write of these volumes goes on any more. A repeated order finds them held. */
+  /** Resolves when no write of these volumes goes on any more. A repeated order joins the first one. */
   async hold(order: HoldVolumes__Output): Promise<void> {
-    const before = this.#holds.get(order.cut_id);
-    if (before !== undefined && order.volumes.every((v) => before.volumes.has(v.volume_uuid))) return;
     if (order.cut_id === '') {
       throw new HoldfastError('INVALID_ARGUMENT', 'The order to hold has no cut_id. Name the cut.');
+    }
+    const before = this.#holds.get(order.cut_id);
+    if (before !== undefined) {
+      await before.held;
+      if (order.volumes.every((at) => before.volumes.has(at.volume_uuid))) return;
+      this.#end(before);
     }
     await this.#hold(order.cut_id, order.volumes, order.hold_timeout_ms, order.quiesce);
   }
@@ -77,14 +83,31 @@ export class Cuts {
     timeoutMs: number,
     quiesce: boolean,
   ): Promise<Hold> {
-    const hold: Hold = { cutId, volumes: new Map(), frozen: [], timer: undefined, over: false };
-    const started = performance.now();
-    const left = (): number => Math.max(1, Math.round(timeoutMs - (performance.now() - started)));
+    const hold: Hold = {
+      cutId,
+      volumes: new Map(),
+      frozen: [],
+      held: Promise.resolve(),
+      timer: undefined,
+      over: false,
+    };
     this.#holds.set(cutId, hold);
     hold.timer = setTimeout(() => {
       this.#logger.warn({ cut: cutId }, 'Held writes go on: nobody has cut in time');
       this.#end(hold);
     }, timeoutMs);
+    hold.held = this.#holdAll(hold, volumes, performance.now() + timeoutMs, quiesce);
+    await hold.held;
+    return hold;
+  }
+
+  async #holdAll(
+    hold: Hold,
+    volumes: readonly VolumeAtEpoch__Output[],
+    until: number,
+    quiesce: boolean,
+  ): Promise<void> {
+    const left = (): number => Math.max(1, Math.round(until - performance.now()));
     try {
       // Frozen first, all of them: a freeze writes back what its file system has, and a held device takes no write.
       if (quiesce) await every(volumes.map((at) => this.#freeze(hold, at, left())));
@@ -97,12 +120,11 @@ export class Cuts {
           }),
         ),
       );
-      this.#requireHeld(hold, cutId);
+      this.#requireHeld(hold, hold.cutId);
     } catch (error) {
       this.#end(hold);
       throw error;
     }
-    return hold;
   }
 
   /** Not in the volume's turn: a revocation must not wait for a file system's write-back. */

@@ -174,7 +174,9 @@ export class Volumes {
   }
 
   slabClaimed(pool: HostedPool, slab: Slab): void {
-    this.#byVolumeId(pool, slab.volumeId)?.claimed.set(slab.slab, slab);
+    const volume = this.#byVolumeId(pool, slab.volumeId);
+    // News of a layer that has frozen meanwhile: its slabs were in the cut's answer. Ids of layers only grow.
+    if (volume !== undefined && slab.layerId >= volume.top) volume.claimed.set(slab.slab, slab);
     pool.slabClaimed(slab);
   }
 

@@ -338,6 +338,18 @@ describe('snapshot orders', () => {
       }
     });
 
+    it('is held once, however often and by however many orders it is asked for', async () => {
+      const asked = [1, 2, 3].map(() => hold('g', [one, two], { quiesce: true }));
+      expect((await Promise.all(asked)).map((result) => result.error_code)).toEqual(['', '', '']);
+      expect((await hold('g', [one, two], { quiesce: true })).error_code).toBe('');
+      expect(freezer.log.filter((line) => line.startsWith('freeze'))).toHaveLength(2);
+      await service.order({ release_volumes: { cut_id: 'g' } });
+      await waitFor('the release', () =>
+        volumes.every((volume) => volume.writes === 'go on') && freezer.frozen.size === 0 ? true : undefined,
+      );
+      expect((await cut(cuts(), { cut_id: 'g' })).error_code).toBe('HF_HOLD_EXPIRED');
+    });
+
     it('lets all go when one can not be held', async () => {
       await volumes[1]?.hold(5000);
       expect(await hold('g', [one, two])).toMatchObject({ error_code: 'HF_BUSY' });
