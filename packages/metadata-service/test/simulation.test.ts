@@ -20,6 +20,10 @@ describe.each<SimClass>(['FENCING_CLASS_LOOP', 'FENCING_CLASS_LEASE_ONLY'])('%s'
       expect(outcome.granted).toBeGreaterThan(20);
       expect(outcome.deaths).toBeGreaterThan(3);
       expect(outcome.restarts).toBeGreaterThan(1);
+      expect(outcome.cuts).toBeGreaterThan(5);
+      expect(outcome.readers).toBeGreaterThan(3);
+      expect(outcome.reads).toBeGreaterThan(100);
+      expect(outcome.slabsWiped).toBeGreaterThan(5);
     },
     120_000,
   );

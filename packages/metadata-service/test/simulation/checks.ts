@@ -1,11 +1,15 @@
 /** The invariants of DESIGN section 9 that the metadata service answers for, held against the simulated truth. */
 import { tables, type AuditEntry, type GrantRecord } from '../../src/model/records.ts';
-import { freeRuns, regionCount } from '../../src/model/slabs.ts';
-import type { Engine, OpenVolume, World } from './world.ts';
+import { chainOf, isNameless } from '../../src/model/layers.ts';
+import { freeRuns, regionCount, slabsOf } from '../../src/model/slabs.ts';
+import { layerToWire } from '../../src/service/wire.ts';
+import { contentOf, difference, mapOf, type OpenVolume, type Page } from './data.ts';
+import type { Engine, World } from './world.ts';
 import { drainMs, poolUuid, slabCount } from './world.ts';
 
 interface GrantLife {
   epoch: bigint;
+  forReading: boolean;
   /** Event and proof of what freed it; undefined: not free. */
   freedBy: string | undefined;
 }
@@ -13,10 +17,13 @@ interface GrantLife {
 export class Checks {
   readonly #world: World;
   #auditSeen = 0n;
-  readonly #grants = new Map<string, GrantLife>();
+  /** By volume, in the order in which they were given. */
+  readonly #grants = new Map<string, GrantLife[]>();
   readonly #generations = new Map<number, bigint>();
   readonly #dead = new Set<string>();
   granted = 0;
+  readers = 0;
+  snapshotsRead = 0;
   deaths = 0;
 
   constructor(world: World) {
@@ -40,8 +47,8 @@ export class Checks {
       case 'closed':
       case 'revoked':
       case 'void': {
-        const life = this.#grants.get(entry.volumeUuid);
-        if (life === undefined || life.epoch !== entry.epoch || life.freedBy !== undefined) {
+        const life = this.#grants.get(entry.volumeUuid)?.find((one) => one.epoch === entry.epoch);
+        if (life === undefined || life.freedBy !== undefined) {
           this.#world.violated(
             `${entry.volumeUuid} is freed (${entry.event}) at epoch ${entry.epoch}, which was not granted`,
           );
@@ -75,23 +82,32 @@ export class Checks {
     }
   }
 
-  /** Invariants 1 and 9: the epoch grows, the last grant was freed with its proof. */
+  /** Invariants 1 and 9: the epoch grows, the grants before were freed with their proofs; only readers are beside readers. */
   #onGrant(entry: AuditEntry): void {
     this.granted += 1;
-    const before = this.#grants.get(entry.volumeUuid);
-    if (before !== undefined && (entry.epoch <= before.epoch || before.freedBy === undefined)) {
+    const forReading = entry.detail.endsWith(', for reading');
+    if (forReading) this.readers += 1;
+    const before = this.#grants.get(entry.volumeUuid) ?? [];
+    for (const one of before) {
+      const beside = one.freedBy === undefined && !(forReading && one.forReading);
+      if (entry.epoch > one.epoch && !beside) continue;
       this.#world.violated(
-        `${entry.volumeUuid} is granted under ${entry.epoch} to ${entry.nodeId}; epoch ${before.epoch} ` +
-          (before.freedBy === undefined ? 'was never freed' : 'is not older'),
+        `${entry.volumeUuid} is granted under ${entry.epoch} to ${entry.nodeId}; epoch ${one.epoch} ` +
+          (beside ? 'was never freed' : 'is not older'),
       );
     }
-    this.#grants.set(entry.volumeUuid, { epoch: entry.epoch, freedBy: undefined });
+    this.#grants.set(entry.volumeUuid, [...before, { epoch: entry.epoch, forReading, freedBy: undefined }]);
   }
 
   /** Nobody who has the volume open under that epoch can write any more. */
   #mustBeHarmless(entry: AuditEntry, how: string): void {
-    for (const { engine, volume } of this.#holders(entry.volumeUuid)) {
-      if (volume.epoch !== entry.epoch || !this.#canStillWrite(engine, volume)) continue;
+    for (const { engine, volume } of this.#holders()) {
+      if (
+        volume.uuid !== entry.volumeUuid ||
+        volume.epoch !== entry.epoch ||
+        !this.#canStillWrite(engine, volume)
+      )
+        continue;
       this.#world.violated(
         `${entry.volumeUuid} is freed at epoch ${entry.epoch} (${how}), but ${engine.node.nodeId} generation ` +
           `${engine.generation} can still write it`,
@@ -99,13 +115,12 @@ export class Checks {
     }
   }
 
-  #holders(uuid: string): { engine: Engine; volume: OpenVolume }[] {
+  #holders(): { engine: Engine; volume: OpenVolume }[] {
     const engines = new Set(this.#world.nodes.map((node) => node.engine));
     for (const engine of this.#world.disk.locks.values()) engines.add(engine);
-    return [...engines].flatMap((engine) => {
-      const volume = engine?.volumes.get(uuid);
-      return engine === undefined || volume === undefined ? [] : [{ engine, volume }];
-    });
+    return [...engines].flatMap((engine) =>
+      engine === undefined ? [] : [...engine.volumes.values()].map((volume) => ({ engine, volume })),
+    );
   }
 
   #canStillWrite(engine: Engine, volume: OpenVolume): boolean {
@@ -127,6 +142,65 @@ export class Checks {
       `${engine.node.nodeId} generation ${engine.generation} writes ${volume.uuid} under epoch ${volume.epoch}; the grant is ` +
         `${grant?.state} at ${grant?.epoch}`,
     );
+  }
+
+  /** Invariant 5: no slab goes under a holder that was told of it and may still use it. */
+  checkWiped(slab: number, page: Page): void {
+    for (const { engine, volume } of this.#holders()) {
+      if (volume.told.get(slab) !== page.generation || !this.#canStillWrite(engine, volume)) continue;
+      this.#world.violated(
+        `slab ${slab} of layer ${page.layerId} is wiped, and ${engine.node.nodeId} generation ${engine.generation} has not ` +
+          `forgotten it for ${volume.uuid} under ${volume.epoch}`,
+      );
+    }
+  }
+
+  /** Invariant 4: a snapshot shows what it showed when it was cut, by the slabs on record. */
+  checkSnapshots(): void {
+    const { disk, frozen } = this.#world;
+    this.#world.store.read((tx) => {
+      for (const snapshot of tables.snapshot.list(tx)) {
+        if (snapshot.state !== 'READY') continue;
+        const layers = chainOf(tx, poolUuid, snapshot.layerId).map((layer) =>
+          layerToWire(layer, slabsOf(tx, poolUuid, layer.layerId)),
+        );
+        const wanted = frozen.get(snapshot.layerId);
+        this.snapshotsRead += 1;
+        const wrong =
+          wanted === undefined ? 'it never froze' : difference(contentOf(disk, mapOf(disk, layers)), wanted);
+        if (wrong !== '')
+          this.#world.violated(`snapshot ${snapshot.name} (layer ${snapshot.layerId}): ${wrong}`);
+      }
+    });
+  }
+
+  /** Nothing is under way any more, and what is on record about layers agrees with itself. */
+  checkSettled(): void {
+    this.#world.store.read((tx) => {
+      const rest = {
+        cuts: tables.cutting.list(tx).length,
+        groups: tables.grouping.entries(tx).length,
+        leaving: tables.leaving.list(tx).length,
+        deleting: tables.deleting.entries(tx).length,
+        revoking: tables.revoking.entries(tx).length,
+        creating: tables.volume.list(tx).filter((volume) => volume.state === 'CREATING').length,
+        leaves: tables.layer.list(tx).filter((layer) => isNameless(layer) && layer.children === 0).length,
+      };
+      const left = Object.entries(rest).filter(([, count]) => count > 0);
+      if (left.length > 0) this.#world.violated(`not over: ${JSON.stringify(Object.fromEntries(left))}`);
+      const layers = tables.layer.list(tx, [poolUuid]);
+      for (const layer of layers) {
+        const children = layers.filter(
+          (one) => one.removed === null && one.parentLayerId === layer.layerId,
+        ).length;
+        const onDisk = layers.filter((one) => one.diskParentId === layer.layerId).length;
+        if ((layer.removed === null && children !== layer.children) || onDisk !== layer.diskChildren) {
+          this.#world.violated(
+            `layer ${layer.layerId} counts ${layer.children} and ${layer.diskChildren} above it, there are ${children} and ${onDisk}`,
+          );
+        }
+      }
+    });
   }
 
   /** Invariant 5: every slab is in exactly one place, and the counters say so. */
@@ -154,6 +228,8 @@ export class Checks {
         ahead += put(`ahead of ${host}`, record.runs);
       for (const record of tables.orphan.list(tx)) ahead += put('orphans', record.runs);
       for (const [[, layer], runs] of tables.slabs.entries(tx)) put(`layer ${layer}`, runs);
+      for (const [[, layer], record] of tables.leaving.entries(tx))
+        put(`leaving layer ${layer}`, record.runs);
       put('quarantine', tables.quarantine.get(tx, poolUuid) ?? []);
       if (places.size !== slabCount) this.#world.violated(`${slabCount - places.size} slabs are nowhere`);
       if (free !== pool.slabsFree || ahead !== pool.slabsAhead) {

@@ -1,6 +1,6 @@
 /** One seeded run: a storm of faults over volumes that move between nodes, then quiet, in which everything must work again. */
 import { HoldfastError } from '@holdfast/common';
-import type { Volume } from '@holdfast/proto';
+import type { Snapshot, Volume } from '@holdfast/proto';
 import { Checks } from './checks.ts';
 import { poolUuid, World, type SimClass, type SimNode } from './world.ts';
 
@@ -15,30 +15,48 @@ export interface Outcome {
   granted: number;
   deaths: number;
   restarts: number;
+  cuts: number;
+  readers: number;
+  stripped: number;
+  forgotten: number;
+  slabsWiped: number;
+  reads: number;
+  snapshotsRead: number;
 }
 
 export async function simulate(seed: number, fencing: SimClass): Promise<Outcome> {
   const world = new World(seed, 3, fencing);
   const checks = new Checks(world);
   world.checkWrite = (engine, volume) => checks.checkWrite(engine, volume);
+  world.checkWiped = (slab, page) => checks.checkWiped(slab, page);
   await world.startService();
   for (const node of world.nodes) node.start();
   const faults = new Faults(world);
   faults.start();
-  const lives = Array.from({ length: volumes }, (_, n) => new VolumeLife(world, `pvc-${n}`));
+  const snapshots = new SnapshotLife(world);
+  const lives = Array.from({ length: volumes }, (_, n) => new VolumeLife(world, `pvc-${n}`, snapshots));
   for (const life of lives) life.start();
+  snapshots.start(lives);
   every(world, 30, 60, () => world.rng.pick(world.nodes)?.write());
-  every(world, 40_000, 0, () => checks.checkSlabs());
+  every(world, 100, 200, () => world.rng.pick(world.nodes)?.read());
+  every(world, 20_000, 0, () => {
+    checks.checkSlabs();
+    checks.checkSnapshots();
+  });
 
   await world.clock.run(stormMs, () => checks.afterStep());
   world.stormy = false;
   await faults.end();
   for (const life of lives) life.wind();
+  snapshots.wind();
   await world.clock.run(stormMs + quietMs, () => checks.afterStep());
   for (const life of lives) {
     if (!life.proved) world.violated(`${life.name} did not become usable again: ${life.doing}`);
   }
+  if (!snapshots.done) world.violated(`the snapshots did not come to an end: ${snapshots.doing}`);
   checks.checkSlabs();
+  checks.checkSnapshots();
+  checks.checkSettled();
   await world.stopService();
   return {
     violations: world.violations,
@@ -46,6 +64,13 @@ export async function simulate(seed: number, fencing: SimClass): Promise<Outcome
     granted: checks.granted,
     deaths: checks.deaths,
     restarts: faults.restarts,
+    cuts: world.cuts,
+    readers: checks.readers,
+    stripped: world.stripped,
+    forgotten: world.forgotten,
+    slabsWiped: world.slabsWiped,
+    reads: world.reads,
+    snapshotsRead: checks.snapshotsRead,
   };
 }
 
@@ -111,13 +136,17 @@ class Faults {
 class VolumeLife {
   readonly name: string;
   readonly #world: World;
+  readonly #snapshots: SnapshotLife;
   doing = 'nothing';
+  uuid = '';
+  #made = 0;
   #winding = false;
   proved = false;
 
-  constructor(world: World, name: string) {
+  constructor(world: World, name: string, snapshots: SnapshotLife) {
     this.#world = world;
     this.name = name;
+    this.#snapshots = snapshots;
   }
 
   start(): void {
@@ -138,6 +167,11 @@ class VolumeLife {
     let uuid = await this.#create();
     while (!this.proved) {
       const winding = this.#winding;
+      this.uuid = uuid;
+      if (!winding && rng.chance(0.25)) {
+        await this.#readTogether(uuid);
+        continue;
+      }
       const node = rng.pick(this.#world.nodes) as SimNode;
       const publishId = await this.#publish(uuid, node);
       node.wanted.set(uuid, publishId);
@@ -161,14 +195,65 @@ class VolumeLife {
     this.doing = 'done';
   }
 
+  /** Several nodes open it for reading, and let go of it gracefully or not. */
+  async #readTogether(uuid: string): Promise<void> {
+    const { rng, clock, nodes } = this.#world;
+    const readers = nodes.filter(() => rng.chance(0.7));
+    for (const node of readers) {
+      this.doing = `publishing it for reading to ${node.nodeId}`;
+      const answer = await this.#until<{ publish_id: string }>('PublishVolume', {
+        uuid,
+        node_id: node.nodeId,
+        access_mode: 'ACCESS_MODE_MULTI_NODE_READER_ONLY',
+      });
+      node.wanted.set(uuid, answer.publish_id);
+    }
+    await clock.sleep(rng.below(20_000));
+    for (const node of readers) {
+      if (rng.chance(0.6)) node.wanted.delete(uuid);
+      await this.#unpublish(uuid, node);
+      node.wanted.delete(uuid);
+    }
+  }
+
+  /** Empty, or from a snapshot or another volume, if that still exists and can be cut. */
   async #create(): Promise<string> {
+    const { rng } = this.#world;
+    const wanted = { size_bytes: String(1 << 30), pool_uuids: [poolUuid] };
+    if (rng.chance(0.5)) {
+      this.doing = 'copying it';
+      const source = this.#snapshots.pickSource();
+      const made =
+        source &&
+        (await this.#attempt<Volume>('CreateVolume', { ...wanted, ...source, name: this.#nextName() }));
+      if (made?.uuid) return made.uuid;
+    }
     this.doing = 'creating it';
-    const volume = await this.#until<Volume>('CreateVolume', {
-      name: this.name,
-      size_bytes: String(1 << 30),
-      pool_uuids: [poolUuid],
-    });
+    const volume = await this.#until<Volume>('CreateVolume', { ...wanted, name: this.#nextName() });
     return volume.uuid ?? '';
+  }
+
+  #nextName(): string {
+    return `${this.name}-${++this.#made}`;
+  }
+
+  /** Undefined: it did not work soon. */
+  async #attempt<T>(method: string, request: object): Promise<T | undefined> {
+    for (let n = 0; n < 4; n++) {
+      const request_id = this.#world.id();
+      try {
+        return await this.#world.rpc<T>(method, { ...request, request_id }, 15_000);
+      } catch (error) {
+        if (
+          !(error instanceof HoldfastError) ||
+          error.code === 'INTERNAL' ||
+          error.code === 'INVALID_ARGUMENT'
+        )
+          throw error;
+        await this.#world.clock.sleep(500);
+      }
+    }
+    return undefined;
   }
 
   async #publish(uuid: string, node: SimNode): Promise<string> {
@@ -212,5 +297,91 @@ class VolumeLife {
       await clock.sleep(200);
     }
     return false;
+  }
+}
+
+/** Snapshots of whatever volumes there are, one by one and in groups, made and deleted at random; in the end all are deleted. */
+class SnapshotLife {
+  readonly #world: World;
+  #lives: VolumeLife[] = [];
+  readonly #known: string[] = [];
+  #winding = false;
+  #made = 0;
+  doing = 'nothing';
+  done = false;
+
+  constructor(world: World) {
+    this.#world = world;
+  }
+
+  start(lives: VolumeLife[]): void {
+    this.#lives = lives;
+    this.#run().catch((error: unknown) => {
+      this.#world.violated(
+        `snapshots while ${this.doing}: ${error instanceof Error ? error.stack : String(error)}`,
+      );
+    });
+  }
+
+  wind(): void {
+    this.#winding = true;
+  }
+
+  pickSource(): object | undefined {
+    const { rng } = this.#world;
+    const snapshot = rng.pick(this.#known);
+    if (snapshot !== undefined && rng.chance(0.7)) return { source_snapshot_uuid: snapshot };
+    const volume = rng.pick(this.#lives)?.uuid ?? '';
+    return volume === '' ? undefined : { source_volume_uuid: volume };
+  }
+
+  async #run(): Promise<void> {
+    const { rng, clock } = this.#world;
+    while (!this.#winding) {
+      await clock.sleep(1000 + rng.below(10_000));
+      const [a, b] = [rng.pick(this.#lives)?.uuid ?? '', rng.pick(this.#lives)?.uuid ?? ''];
+      const name = `snap-${++this.#made}`;
+      if (a !== '' && rng.chance(0.15)) {
+        const made = await this.#try<{ snapshots?: Snapshot[] }>('CreateSnapshotGroup', {
+          name,
+          source_volume_uuids: [...new Set([a, b].filter((uuid) => uuid !== ''))],
+        });
+        this.#known.push(...(made?.snapshots ?? []).map((one) => one.uuid ?? ''));
+      } else if (a !== '') {
+        const made = await this.#try<Snapshot>('CreateSnapshot', { name, source_volume_uuid: a });
+        if (made?.uuid) this.#known.push(made.uuid);
+      }
+      while (this.#known.length > 3 || (this.#known.length > 0 && rng.chance(0.3))) {
+        const [uuid] = this.#known.splice(rng.below(this.#known.length), 1);
+        await this.#try('DeleteSnapshot', { uuid });
+      }
+    }
+    for (;;) {
+      this.doing = 'deleting them';
+      const list = await this.#try<{ snapshots: Snapshot[] }>('ListSnapshots', {});
+      if (list?.snapshots.length === 0) break;
+      for (const { uuid } of list?.snapshots ?? []) await this.#try('DeleteSnapshot', { uuid });
+      await clock.sleep(2000);
+    }
+    this.done = true;
+  }
+
+  async #try<T>(method: string, request: object): Promise<T | undefined> {
+    this.doing = method;
+    for (let n = 0; n < 4; n++) {
+      try {
+        return await this.#world.rpc<T>(method, { ...request, request_id: this.#world.id() }, 15_000);
+      } catch (error) {
+        this.doing = `${method} (${error instanceof Error ? error.message : String(error)})`;
+        if (
+          !(error instanceof HoldfastError) ||
+          error.code === 'INTERNAL' ||
+          error.code === 'INVALID_ARGUMENT'
+        )
+          throw error;
+        await this.#world.clock.sleep(500 + this.#world.rng.below(1000));
+      }
+    }
+    return undefined;
   }
 }

@@ -9,8 +9,10 @@ import { Metadata, type ServerDuplexStream, type handleUnaryCall } from '@grpc/g
 import { createLogger, fromServiceError, HoldfastError, type Logger } from '@holdfast/common';
 import type {
   AgentMessage__Output,
+  CutVolumes,
   Grant,
   HostRef,
+  Layer,
   Order,
   OrderResult,
   ServiceMessage,
@@ -22,42 +24,40 @@ import { Operations } from '../../src/service/operations.ts';
 import { Sessions } from '../../src/service/sessions.ts';
 import { MemoryStore } from '../../src/store/memory.ts';
 import { VirtualClock } from './clock.ts';
+import {
+  blocksPerSlab,
+  blocksPerVolume,
+  contentOf,
+  difference,
+  openFrom,
+  pagesOf,
+  type Content,
+  type OpenVolume,
+  type Page,
+  type RecordOnDisk,
+} from './data.ts';
 import { random, type Random } from './random.ts';
 
 export const leaseMs = 10_000;
 export const renewMs = 2000;
 export const drainMs = 1000;
-export const slabCount = 256;
+export const slabCount = 640;
+export const stripIntervalMs = 5000;
 export const poolUuid = '00000000-0000-4000-8000-00000000000a';
 
 type SessionHandler = (stream: ServerDuplexStream<AgentMessage__Output, ServiceMessage>) => void;
 
 export type SimClass = 'FENCING_CLASS_LOOP' | 'FENCING_CLASS_LEASE_ONLY';
 
-interface Page {
-  layerId: bigint;
-  generation: bigint;
-}
-
 export class SimDisk {
   authority = { store_id: '', incarnation: '0', term: '0' };
   readonly heartbeats = new Map<number, { state: string; generation: bigint; sequence: bigint }>();
   readonly fenced = new Set<string>();
-  readonly records = new Map<string, { epoch: bigint; state: string }>();
+  readonly records = new Map<string, RecordOnDisk>();
   readonly pages = new Map<number, Page>();
+  readonly data = new Map<number, Map<number, number>>();
   /** Who holds a lock path: engines whose process or I/O lives. */
   readonly locks = new Map<string, Engine>();
-}
-
-/** An open volume inside an engine. */
-export interface OpenVolume {
-  uuid: string;
-  volumeId: string;
-  epoch: bigint;
-  layerId: bigint;
-  open: boolean;
-  inFlight: number;
-  unreported: { slab: number; generation: bigint }[];
 }
 
 /** One engine process under one generation. */
@@ -101,6 +101,17 @@ export class World {
   core: Core | undefined;
   /** Told of every write that reaches the disk. */
   checkWrite: (engine: Engine, volume: OpenVolume) => void = () => undefined;
+  /** Told of every slab that is wiped. */
+  checkWiped: (slab: number, page: Page) => void = () => undefined;
+  versions = 0;
+  /** What is in each volume, by the writes that landed; and in each layer when it froze. */
+  readonly contents = new Map<string, Map<number, number>>();
+  readonly frozen = new Map<bigint, Content>();
+  cuts = 0;
+  stripped = 0;
+  forgotten = 0;
+  slabsWiped = 0;
+  reads = 0;
   #handlers: Record<string, handleUnaryCall<object, object>> = {};
   #session: SessionHandler | undefined;
   #operations: Operations | undefined;
@@ -130,7 +141,7 @@ export class World {
       newId: () => this.id(),
     });
     const sessions = new Sessions(core);
-    const operations = new Operations(core, sessions);
+    const operations = new Operations(core, sessions, { stripIntervalMs });
     const agents = new AgentsApi(core, sessions).handlers();
     this.#session = agents.Session;
     this.#handlers = { ...new MetadataApi(core, sessions, operations).handlers(), ...agents } as never;
@@ -222,7 +233,16 @@ function thrown(error: unknown): Error {
 /** Every field present, as the wire gives it. */
 function complete(method: string, request: object): object {
   const defaults: Record<string, object> = {
-    CreateVolume: { pool_uuids: [], limit_bytes: '0', parameters: {} },
+    CreateVolume: {
+      pool_uuids: [],
+      limit_bytes: '0',
+      parameters: {},
+      source_snapshot_uuid: '',
+      source_volume_uuid: '',
+    },
+    CreateSnapshot: { parameters: {} },
+    CreateSnapshotGroup: { parameters: {} },
+    ListSnapshots: { max_entries: 0, starting_token: '', source_volume_uuid: '', snapshot_uuid: '' },
     PublishVolume: { read_only: false, volume_context: {} },
     GetVolume: { name: '', volume_context: {} },
     StageVolume: { read_only: false },
@@ -298,6 +318,10 @@ export class SimNode {
   readonly wanted = new Map<string, string>();
   readonly #revoked = new Map<string, bigint>();
   readonly #returns: PendingReturn[] = [];
+  /** Volumes held for a group, by its cut id. */
+  readonly #holds = new Map<string, { volumes: OpenVolume[]; cancel: () => void }>();
+  /** Strips and wipes under way: a repeated order joins its first run. */
+  readonly #jobs = new Map<string, Promise<Partial<OrderResult>>>();
   #busy = new Set<string>();
   #seenSent = '';
 
@@ -383,8 +407,8 @@ export class SimNode {
             fencing: this.world.fencing,
             slab_size: String(16 << 20),
             slab_count: String(slabCount),
-            volume_slots: 32,
-            layer_slots: 32,
+            volume_slots: 256,
+            layer_slots: 1024,
             host_slots: 8,
             renew_interval_ms: renewMs,
             lease_ms: leaseMs,
@@ -397,9 +421,13 @@ export class SimNode {
   }
 
   #claimsOf(volume: OpenVolume): object[] {
+    return volume.readOnly ? [] : this.#claimsOfLayer(volume.volumeId, volume.layerId);
+  }
+
+  #claimsOfLayer(volumeId: string, layerId: bigint): object[] {
     return [...this.world.disk.pages]
-      .filter(([, page]) => page.layerId === volume.layerId)
-      .map(([slab, page]) => claim(volume, slab, page.generation));
+      .filter(([, page]) => page.layerId === layerId)
+      .map(([slab, { generation }]) => claim(volumeId, { slab, generation, layerId }));
   }
 
   #onMessage(message: ServiceMessage): void {
@@ -530,21 +558,8 @@ export class SimNode {
     const epoch = BigInt(String(grant.epoch));
     if (!engine.alive || engine.stopped || (this.#revoked.get(uuid) ?? -1n) >= epoch) return;
     if (!engine.canSubmit(world.clock.monotonicMs())) return;
-    const record = world.disk.records.get(uuid);
-    if (record !== undefined && record.epoch >= epoch) return; // HF_STALE
-    const layer = grant.layers?.[0];
-    const layerId = BigInt(String(layer?.layer_id));
-    this.#checkSlabs(uuid, layerId, grant);
-    world.disk.records.set(uuid, { epoch, state: 'open' });
-    engine.volumes.set(uuid, {
-      uuid,
-      volumeId: String(grant.volume_id),
-      epoch,
-      layerId,
-      open: true,
-      inFlight: 0,
-      unreported: [],
-    });
+    if (grant.read_only !== true && !this.#claimRecord(grant)) return; // HF_STALE
+    engine.volumes.set(uuid, this.#opened(grant));
     await world.repeated(
       'VolumeOpened',
       { host: engine.host, volume_uuid: uuid, epoch: epoch.toString() },
@@ -552,20 +567,53 @@ export class SimNode {
     );
   }
 
-  /** The next holder must be told of every slab that the volume has: what it does not know reads as zeros. */
-  #checkSlabs(uuid: string, layerId: bigint, grant: Grant): void {
-    const told = new Set<number>();
-    for (const run of grant.layers?.[0]?.slabs ?? []) {
-      for (let n = 0; n < (run.count ?? 0); n++) told.add(Number(run.first) + n);
+  /** The record on the disk must be older than the grant, and name the same top. */
+  #claimRecord(grant: Grant): boolean {
+    const { world } = this;
+    const uuid = grant.volume_uuid ?? '';
+    const epoch = BigInt(String(grant.epoch));
+    const top = BigInt(String(grant.layers?.[0]?.layer_id));
+    const record = world.disk.records.get(uuid);
+    if (record !== undefined && record.epoch >= epoch) return false;
+    if (record !== undefined && record.top !== top) {
+      world.violated(
+        `${this.nodeId} opens ${uuid} under ${epoch}: the grant names layer ${top}, the record ${record.top}`,
+      );
     }
-    for (const [slab, page] of this.world.disk.pages) {
-      if ((page.layerId === layerId) !== told.has(slab)) {
-        this.world.violated(
-          `${this.nodeId} opens ${uuid} under ${String(grant.epoch)}: slab ${slab} is layer ${page.layerId}'s on disk, ` +
-            `and the grant of layer ${layerId} ${told.has(slab) ? 'has' : 'lacks'} it`,
+    world.disk.records.set(uuid, {
+      volumeId: String(grant.volume_id),
+      slot: grant.slot ?? 0,
+      epoch,
+      state: 'open',
+      top,
+    });
+    return true;
+  }
+
+  /** The holder must be told of every slab that the volume has: what it does not know reads as zeros. */
+  #opened(grant: Grant): OpenVolume {
+    const { world } = this;
+    const volume = openFrom(world.disk, grant);
+    const parent = grant.layers?.[1]?.layer_id;
+    let wanted = world.contents.get(volume.uuid);
+    if (wanted === undefined) {
+      const copied =
+        parent === undefined ? new Map<number, number>() : world.frozen.get(BigInt(String(parent)));
+      if (copied === undefined)
+        world.violated(`${volume.uuid} is made from layer ${String(parent)}, which never froze`);
+      wanted = new Map(copied);
+      world.contents.set(volume.uuid, wanted);
+    }
+    const wrong = difference(contentOf(world.disk, volume.map), wanted);
+    if (wrong !== '') world.violated(`${this.nodeId} opens ${volume.uuid} under ${volume.epoch}: ${wrong}`);
+    for (const [slab, page] of world.disk.pages) {
+      if (page.layerId === volume.layerId && !volume.own.has(slab)) {
+        world.violated(
+          `${this.nodeId} opens ${volume.uuid} and is not told of slab ${slab} of its layer ${page.layerId}`,
         );
       }
     }
+    return volume;
   }
 
   async #close(engine: Engine, uuid: string): Promise<void> {
@@ -574,14 +622,20 @@ export class SimNode {
     volume.open = false;
     while (volume.inFlight > 0) await this.world.clock.sleep(20);
     if (!engine.alive || engine.stopped || !engine.volumes.has(uuid)) return;
-    this.world.disk.records.set(uuid, { epoch: volume.epoch, state: 'closed' });
+    this.#closeRecord(volume);
     engine.volumes.delete(uuid);
     this.#returns.push({
       host: engine.host,
       uuid,
       epoch: volume.epoch,
-      claimed: volume.unreported.map((one) => claim(volume, one.slab, one.generation)),
+      claimed: volume.unreported.map((one) => claim(volume.volumeId, one)),
     });
+  }
+
+  #closeRecord(volume: OpenVolume): void {
+    const record = this.world.disk.records.get(volume.uuid);
+    if (volume.readOnly || record === undefined) return;
+    this.world.disk.records.set(volume.uuid, { ...record, epoch: volume.epoch, state: 'closed' });
   }
 
   async #sendReturns(): Promise<void> {
@@ -619,40 +673,91 @@ export class SimNode {
       if (sent.length === 0 || !volume.open) continue;
       await this.world.repeated(
         'ReportSlabs',
-        { host: engine.host, claimed: sent.map((one) => claim(volume, one.slab, one.generation)) },
+        { host: engine.host, claimed: sent.map((one) => claim(volume.volumeId, one)) },
         () => engine.alive,
       );
       volume.unreported = volume.unreported.filter((one) => !sent.includes(one));
     }
   }
 
-  /** One write of one open volume; now and then to a new slab. It lands later, whatever happens to the engine. */
+  /** One write of one open volume, in place or to a new place. It lands later, whatever happens to the engine. */
   write(): void {
+    const { world } = this;
+    const engine = this.engine;
+    if (engine === undefined || !engine.canSubmit(world.clock.monotonicMs())) return;
+    const writable = [...engine.volumes.values()].filter((one) => one.open && !one.readOnly && !one.held);
+    const volume = world.rng.pick(writable);
+    const block = world.rng.below(blocksPerVolume);
+    if (volume === undefined || volume.busy.has(block)) return;
+    const slab = this.#place(engine, volume, block);
+    if (slab === undefined) return;
+    const { layerId } = volume;
+    const { generation } = volume.own.get(slab) as { generation: bigint };
+    const version = ++world.versions;
+    volume.busy.add(block);
+    volume.inFlight += 1;
+    void this.#land(engine, world.rng.chance(0.1) ? drainMs : 10, () => {
+      world.writes += 1;
+      world.checkWrite(engine, volume);
+      const before = world.disk.pages.get(slab);
+      const page = before ?? { layerId, generation, blocks: new Set<number>() };
+      if (page.layerId !== layerId || page.generation !== generation) {
+        world.violated(`slab ${slab} is written for layer ${layerId} while layer ${page.layerId} has it`);
+        return;
+      }
+      if (before === undefined) {
+        world.disk.pages.set(slab, page);
+        world.disk.data.set(slab, new Map());
+        volume.unreported.push({ slab, generation, layerId });
+      }
+      page.blocks.add(block);
+      world.disk.data.get(slab)?.set(block, version);
+      world.contents.get(volume.uuid)?.set(block, version);
+      volume.map.set(block, slab);
+    }).then(() => {
+      volume.busy.delete(block);
+      volume.inFlight -= 1;
+    });
+  }
+
+  /** Where the writable layer has the block, or can take it. */
+  #place(engine: Engine, volume: OpenVolume, block: number): number | undefined {
+    const own = [...volume.own];
+    const known =
+      own.find(([, { blocks }]) => blocks.has(block)) ??
+      own.find(([, { blocks }]) => blocks.size < blocksPerSlab);
+    if (known !== undefined) {
+      known[1].blocks.add(block);
+      return known[0];
+    }
+    const fresh = engine.stock.shift();
+    if (fresh === undefined) return undefined;
+    volume.own.set(fresh.slab, { generation: fresh.generation, blocks: new Set([block]) });
+    return fresh.slab;
+  }
+
+  /** I/O of an engine that reaches the disk within `ms`, unless the machine is reset. */
+  async #land(engine: Engine, ms: number, body: () => void): Promise<void> {
+    engine.inFlight += 1;
+    await this.world.clock.sleep(this.world.rng.below(ms));
+    engine.inFlight -= 1;
+    if (!engine.reset) body();
+  }
+
+  /** Reads one open volume through its own map. */
+  read(): void {
     const { world } = this;
     const engine = this.engine;
     if (engine === undefined || !engine.canSubmit(world.clock.monotonicMs())) return;
     const volume = world.rng.pick([...engine.volumes.values()].filter((one) => one.open));
     if (volume === undefined) return;
-    const fresh = world.rng.chance(0.1) ? engine.stock.shift() : undefined;
-    engine.inFlight += 1;
-    volume.inFlight += 1;
-    const slow = world.rng.chance(0.1) ? drainMs : 10;
-    world.clock.after(world.rng.below(slow), () => {
-      engine.inFlight -= 1;
-      volume.inFlight -= 1;
-      if (engine.reset) return;
-      world.writes += 1;
-      world.checkWrite(engine, volume);
-      if (fresh === undefined) return;
-      const page = world.disk.pages.get(fresh.slab);
-      if (page !== undefined) {
-        world.violated(
-          `slab ${fresh.slab} is claimed for layer ${volume.layerId} while layer ${page.layerId} has it`,
-        );
-      }
-      world.disk.pages.set(fresh.slab, { layerId: volume.layerId, generation: fresh.generation });
-      volume.unreported.push(fresh);
-    });
+    world.reads += 1;
+    const wrong = difference(
+      contentOf(world.disk, volume.map),
+      world.contents.get(volume.uuid) ?? new Map(),
+      volume.busy,
+    );
+    if (wrong !== '') world.violated(`${this.nodeId} reads ${volume.uuid} under ${volume.epoch}: ${wrong}`);
   }
 
   // ---------------------------------------------------------------------------------------------- faults
@@ -666,6 +771,7 @@ export class SimNode {
     engine.frozen = false;
     this.stream?.cut();
     this.#busy = new Set();
+    this.#forgetHolds();
     const release = (): void => {
       if (engine.inFlight > 0) return void world.clock.after(20, release);
       if (world.disk.locks.get(this.lockPath) === engine) world.disk.locks.delete(this.lockPath);
@@ -673,7 +779,7 @@ export class SimNode {
       const next = new Engine(this, engine.host);
       // Half-way through a close or a revocation too: the keeper has every volume that is not closed.
       for (const [uuid, volume] of engine.volumes)
-        next.volumes.set(uuid, Object.assign(volume, { open: true }));
+        next.volumes.set(uuid, Object.assign(volume, { open: true, held: false }));
       next.stock.push(...engine.stock);
       world.disk.locks.set(this.lockPath, next);
       this.engine = next;
@@ -688,6 +794,8 @@ export class SimNode {
     this.stream?.cut();
     this.boots += 1;
     this.#busy = new Set();
+    this.#forgetHolds();
+    this.#jobs.clear();
     this.#returns.length = 0;
     this.#revoked.clear();
     if (engine === undefined) return;
@@ -778,15 +886,249 @@ export class SimNode {
       );
       return { slab_owners: { owners } };
     }
-    if (order.wipe_volume) {
-      for (const layer of order.wipe_volume.layers ?? []) {
-        for (const [slab, found] of disk.pages) {
-          if (found.layerId === BigInt(String(layer.layer_id))) disk.pages.delete(slab);
-        }
-      }
+    if (order.read_volume_record) {
+      const { slot } = order.read_volume_record;
+      const [uuid, record] = [...disk.records].find(([, one]) => one.slot === slot) ?? ['', undefined];
+      if (record === undefined) return { volume_record: { found: false } };
+      return {
+        volume_record: {
+          found: true,
+          uuid,
+          slot: record.slot,
+          volume_id: record.volumeId,
+          state: record.state,
+          epoch: record.epoch.toString(),
+          top_layer_id: record.top.toString(),
+          layers: [],
+        },
+      };
+    }
+    if (order.hold_volumes) return await this.#hold(engine, order.hold_volumes);
+    if (order.release_volumes) {
+      this.#letGo(order.release_volumes.cut_id ?? '');
       return {};
     }
-    return { error_code: 'UNIMPLEMENTED', error_message: 'what?' };
+    if (order.cut_volumes) return await this.#cut(engine, order.cut_volumes);
+    if (order.forget_slabs) {
+      const slabs = (order.forget_slabs.slabs ?? []).flatMap((run) =>
+        Array.from({ length: run.count ?? 0 }, (_, n) => Number(run.first) + n),
+      );
+      return this.#forget(
+        engine,
+        order.forget_slabs.volume_uuid ?? '',
+        String(order.forget_slabs.epoch),
+        slabs,
+      );
+    }
+    const job = order.strip_layers ?? order.wipe_layers ?? order.wipe_volume;
+    if (job === null || job === undefined) return { error_code: 'UNIMPLEMENTED', error_message: 'what?' };
+    if (String(job.generation) !== engine.generation.toString())
+      return { error_code: 'STALE', error_message: 'another life was meant.' };
+    const key = `${engine.generation} ${JSON.stringify(job)}`;
+    const running = this.#jobs.get(key) ?? this.#job(engine, order).finally(() => this.#jobs.delete(key));
+    this.#jobs.set(key, running);
+    return await running;
+  }
+
+  // ---------------------------------------------------------------------------------------------- cuts
+
+  async #hold(engine: Engine, order: NonNullable<Order['hold_volumes']>): Promise<Partial<OrderResult>> {
+    const cutId = order.cut_id ?? '';
+    const volumes: OpenVolume[] = [];
+    for (const { volume_uuid, epoch } of order.volumes ?? []) {
+      const volume = engine.volumes.get(volume_uuid ?? '');
+      if (volume?.epoch !== BigInt(String(epoch)) || !volume.open || volume.held) {
+        for (const one of volumes) one.held = false;
+        return { error_code: 'HF_BUSY', error_message: 'not open here, or held already.' };
+      }
+      volume.held = true;
+      volumes.push(volume);
+    }
+    const cancel = this.world.clock.after(order.hold_timeout_ms ?? 0, () => this.#letGo(cutId));
+    this.#holds.set(cutId, { volumes, cancel });
+    while (volumes.some((volume) => volume.inFlight > 0)) await this.world.clock.sleep(20);
+    return this.#holds.has(cutId) && engine.alive
+      ? {}
+      : { error_code: 'HF_HOLD_EXPIRED', error_message: 'too slow.' };
+  }
+
+  #letGo(cutId: string): void {
+    const hold = this.#holds.get(cutId);
+    hold?.cancel();
+    for (const volume of hold?.volumes ?? []) volume.held = false;
+    this.#holds.delete(cutId);
+  }
+
+  #forgetHolds(): void {
+    for (const cutId of this.#holds.keys()) this.#letGo(cutId);
+  }
+
+  async #cut(engine: Engine, order: CutVolumes): Promise<Partial<OrderResult>> {
+    const { disk, clock } = this.world;
+    const cutId = order.cut_id ?? '';
+    const cuts = order.cuts ?? [];
+    const isDone = (one: (typeof cuts)[number]): boolean =>
+      disk.records.get(one.volume_uuid ?? '')?.top === BigInt(String(one.top?.layer_id));
+    const expired = (): boolean => cutId !== '' && !this.#holds.has(cutId) && !cuts.every(isDone);
+    const volumes: object[] = [];
+    for (const one of cuts) {
+      if (expired()) return { error_code: 'HF_HOLD_EXPIRED', error_message: 'not held any more.' };
+      const uuid = one.volume_uuid ?? '';
+      const epoch = BigInt(String(one.epoch));
+      if (one.grant && !engine.volumes.has(uuid)) {
+        if ((this.#revoked.get(uuid) ?? -1n) >= epoch || !this.#claimRecord(one.grant))
+          return { error_code: 'STALE', error_message: 'a newer epoch is known.' };
+        engine.volumes.set(uuid, this.#opened(one.grant));
+        await clock.sleep(this.world.rng.below(100));
+      }
+      const volume = engine.volumes.get(uuid);
+      const usable = (): boolean =>
+        volume?.epoch === epoch &&
+        volume.open &&
+        engine.volumes.get(uuid) === volume &&
+        engine.canSubmit(clock.monotonicMs());
+      if (volume === undefined || !usable())
+        return { error_code: 'UNKNOWN_VOLUME', error_message: 'not open here.' };
+      volume.held = true;
+      while (volume.inFlight > 0) await clock.sleep(10);
+      await clock.sleep(this.world.rng.below(50));
+      const failed = !usable() || expired();
+      if (!failed && !isDone(one)) this.#commit(volume, BigInt(String(one.top?.layer_id)));
+      if (!this.#holds.has(cutId) || this.world.rng.chance(0.5)) volume.held = false;
+      if (failed) return { error_code: 'HF_HOLD_EXPIRED', error_message: 'not any more.' };
+      if (one.grant) {
+        await clock.sleep(this.world.rng.below(100));
+        if (!usable()) return { error_code: 'HF_IO', error_message: 'it cannot be closed.' };
+        this.#closeRecord(volume);
+        engine.volumes.delete(uuid);
+      }
+      volumes.push({
+        volume_uuid: uuid,
+        size_bytes: String(1 << 30),
+        claimed: this.#claimsOfLayer(volume.volumeId, BigInt(String(one.top?.parent_layer_id))),
+        held_us: '1000',
+        epoch: epoch.toString(),
+      });
+    }
+    this.#letGo(cutId);
+    return { cut: { volumes } };
+  }
+
+  /** The volume record that names the new top: from now on the old one is frozen. */
+  #commit(volume: OpenVolume, top: bigint): void {
+    const { world } = this;
+    const record = world.disk.records.get(volume.uuid) as RecordOnDisk;
+    world.cuts += 1;
+    world.frozen.set(volume.layerId, new Map(world.contents.get(volume.uuid)));
+    world.disk.records.set(volume.uuid, { ...record, top });
+    for (const [slab, { generation }] of volume.own) {
+      if (world.disk.pages.get(slab)?.layerId === volume.layerId) volume.told.set(slab, generation);
+    }
+    volume.own = new Map();
+    volume.layerId = top;
+  }
+
+  #forget(engine: Engine, uuid: string, epoch: string, slabs: readonly number[]): Partial<OrderResult> {
+    const volume = engine.volumes.get(uuid);
+    if (volume?.epoch.toString() !== epoch || !volume.open)
+      return { error_code: 'UNKNOWN_VOLUME', error_message: 'not open here.' };
+    for (const slab of slabs) {
+      const block = [...volume.map].find(([, place]) => place === slab)?.[0];
+      if (block !== undefined) {
+        this.world.violated(
+          `${this.nodeId} forgets slab ${slab}, which answers for block ${block} of ${uuid}`,
+        );
+      }
+      volume.told.delete(slab);
+      this.world.forgotten += 1;
+    }
+    return {};
+  }
+
+  // ---------------------------------------------------------------------------------------------- jobs
+
+  async #job(engine: Engine, order: Order): Promise<Partial<OrderResult>> {
+    try {
+      if (order.strip_layers) {
+        return {
+          strip: await this.#strip(engine, order.strip_layers.victims ?? [], order.strip_layers.covers ?? []),
+        };
+      }
+      await this.#wipe(engine, order.wipe_layers?.layers ?? order.wipe_volume?.layers ?? []);
+      if (order.wipe_volume) this.#deleteRecord(order.wipe_volume);
+      return {};
+    } catch (error) {
+      return { error_code: 'HF_IO', error_message: String(error) };
+    }
+  }
+
+  /** @throws unless the engine may issue I/O now; waits while it is frozen */
+  async #mayGoOn(engine: Engine): Promise<void> {
+    while (engine.frozen && engine.alive) await this.world.clock.sleep(100);
+    if (!engine.canSubmit(this.world.clock.monotonicMs())) throw new Error('its lease is over.');
+  }
+
+  async #strip(engine: Engine, victims: readonly Layer[], covers: readonly Layer[]): Promise<object> {
+    const { disk, clock, rng } = this.world;
+    const covered = new Set(
+      covers.flatMap((layer) => pagesOf(disk, layer).flatMap(([, page]) => [...page.blocks])),
+    );
+    const emptied: object[] = [];
+    let cleared = 0;
+    for (const victim of victims) {
+      const mine = pagesOf(disk, victim);
+      const blocks = mine.flatMap(([, page]) => [...page.blocks]);
+      for (const [slab, page] of mine) {
+        await clock.sleep(rng.below(300));
+        await this.#mayGoOn(engine);
+        const gone = [...page.blocks].filter((block) => covered.has(block));
+        await this.#land(engine, 200, () => {
+          if (disk.pages.get(slab) !== page) {
+            this.world.violated(
+              `${this.nodeId} strips slab ${slab}, which is not layer ${page.layerId}'s any more`,
+            );
+            return;
+          }
+          for (const block of gone) page.blocks.delete(block);
+          cleared += gone.length;
+          this.world.stripped += gone.length;
+        });
+        if (page.blocks.size === 0) {
+          emptied.push({ first: String(slab), count: 1, generation: page.generation.toString() });
+        }
+      }
+      for (const block of blocks) covered.add(block);
+    }
+    return { emptied, cleared_blocks: String(cleared), uses: [] };
+  }
+
+  async #wipe(engine: Engine, layers: readonly Layer[]): Promise<void> {
+    const { disk, clock, rng } = this.world;
+    for (const layer of layers) {
+      for (const [slab, page] of pagesOf(disk, layer)) {
+        await clock.sleep(rng.below(100));
+        await this.#mayGoOn(engine);
+        await this.#land(engine, drainMs, () => {
+          if (disk.pages.get(slab) !== page) {
+            this.world.violated(
+              `${this.nodeId} discards slab ${slab}, which is not layer ${page.layerId}'s any more`,
+            );
+            return;
+          }
+          this.world.checkWiped(slab, page);
+          this.world.slabsWiped += 1;
+          disk.pages.delete(slab);
+          disk.data.delete(slab);
+        });
+      }
+    }
+  }
+
+  #deleteRecord(order: NonNullable<Order['wipe_volume']>): void {
+    const { records } = this.world.disk;
+    for (const [uuid, record] of records) {
+      if (record.volumeId === String(order.volume_id)) records.delete(uuid);
+    }
   }
 
   async #revoke(uuid: string, epoch: bigint): Promise<Partial<OrderResult>> {
@@ -809,8 +1151,8 @@ export class SimNode {
     if (!engine.canSubmit(this.world.clock.monotonicMs()))
       return { error_code: 'HF_IO', error_message: 'no lease.' };
     engine.volumes.delete(uuid);
-    this.world.disk.records.set(uuid, { epoch, state: 'closed' });
-    const claimed = volume.unreported.map((one) => claim(volume, one.slab, one.generation));
+    this.#closeRecord(volume);
+    const claimed = volume.unreported.map((one) => claim(volume.volumeId, one));
     // The answer may get lost; what it says must not.
     this.#returns.push({ host: engine.host, uuid, epoch, claimed });
     return { revoked: { epoch: epoch.toString(), was_open: true, claimed } };
@@ -819,11 +1161,11 @@ export class SimNode {
 
 const emptyResult = { error_code: '', error_message: '' };
 
-function claim(volume: OpenVolume, slab: number, generation: bigint): object {
+function claim(volumeId: string, one: { slab: number; generation: bigint; layerId: bigint }): object {
   return {
-    volume_id: volume.volumeId,
-    layer_id: volume.layerId.toString(),
-    slab: String(slab),
-    generation: generation.toString(),
+    volume_id: volumeId,
+    layer_id: one.layerId.toString(),
+    slab: String(one.slab),
+    generation: one.generation.toString(),
   };
 }

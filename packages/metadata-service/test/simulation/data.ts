@@ -1,0 +1,126 @@
+/**
+ * What the simulated disk holds: slab pages that say which logical blocks of a layer are in them, and the data, a version number
+ * for each block. A strip takes bits out of a page; the data stays until the slab is wiped, as on a real disk.
+ */
+import type { Grant, Layer } from '@holdfast/proto';
+
+export interface Page {
+  readonly layerId: bigint;
+  readonly generation: bigint;
+  readonly blocks: Set<number>;
+}
+
+export type Content = ReadonlyMap<number, number>;
+
+/** A volume record. */
+export interface RecordOnDisk {
+  volumeId: string;
+  slot: number;
+  epoch: bigint;
+  state: string;
+  top: bigint;
+}
+
+/** Blocks that a slab has room for: few, so that chains get slabs. */
+export const blocksPerSlab = 3;
+/** Logical blocks of every volume. */
+export const blocksPerVolume = 10;
+
+/** An open volume inside an engine. */
+export interface OpenVolume {
+  readonly uuid: string;
+  readonly volumeId: string;
+  readonly epoch: bigint;
+  readonly slot: number;
+  readonly readOnly: boolean;
+  /** Its writable layer. */
+  layerId: bigint;
+  open: boolean;
+  inFlight: number;
+  /** New writes wait for a cut. */
+  held: boolean;
+  unreported: { slab: number; generation: bigint; layerId: bigint }[];
+  /** Slabs of frozen layers that it knows places in, until it is told to forget them. */
+  readonly told: Map<number, bigint>;
+  /** Slabs of its writable layer with the blocks that have a place there, and the generation of each. */
+  own: Map<number, { generation: bigint; blocks: Set<number> }>;
+  /** The forward map: which slab answers for a block. */
+  readonly map: Map<number, number>;
+  /** Blocks with a write in flight. */
+  readonly busy: Set<number>;
+}
+
+export interface Blocks {
+  readonly pages: ReadonlyMap<number, Page>;
+  readonly data: ReadonlyMap<number, ReadonlyMap<number, number>>;
+}
+
+/** The pages of slabs that still name the layer and the generation. */
+export function pagesOf(disk: Blocks, layer: Layer): [slab: number, page: Page][] {
+  const found: [number, Page][] = [];
+  for (const run of layer.slabs ?? []) {
+    for (let n = 0; n < (run.count ?? 0); n++) {
+      const slab = Number(run.first) + n;
+      const page = disk.pages.get(slab);
+      const ours =
+        page?.layerId === BigInt(String(layer.layer_id)) &&
+        page.generation === BigInt(String(run.generation));
+      if (page !== undefined && ours) found.push([slab, page]);
+    }
+  }
+  return found;
+}
+
+/** Which slab answers for which block in a chain, newest layer first. */
+export function mapOf(disk: Blocks, layers: readonly Layer[]): Map<number, number> {
+  const map = new Map<number, number>();
+  for (const layer of layers) {
+    const here = new Map(
+      pagesOf(disk, layer).flatMap(([slab, page]) => [...page.blocks].map((block) => [block, slab])),
+    );
+    for (const [block, slab] of here) if (!map.has(block)) map.set(block, slab);
+  }
+  return map;
+}
+
+export function contentOf(disk: Blocks, map: ReadonlyMap<number, number>): Content {
+  return new Map([...map].map(([block, slab]) => [block, disk.data.get(slab)?.get(block) ?? -1]));
+}
+
+/** In words; empty: they are the same. */
+export function difference(got: Content, wanted: Content, except: ReadonlySet<number> = new Set()): string {
+  const blocks = new Set([...got.keys(), ...wanted.keys()]);
+  return [...blocks]
+    .filter((block) => !except.has(block) && got.get(block) !== wanted.get(block))
+    .map((block) => `block ${block} is ${got.get(block) ?? 'nowhere'}, not ${wanted.get(block) ?? 'zero'}`)
+    .join('; ');
+}
+
+/** As an engine opens it: by the pages of the slabs that it was told of. */
+export function openFrom(disk: Blocks, grant: Grant): OpenVolume {
+  const layers = grant.layers ?? [];
+  const [top] = layers;
+  const told = new Map<number, bigint>();
+  for (const layer of layers.slice(1)) {
+    for (const [slab, page] of pagesOf(disk, layer)) told.set(slab, page.generation);
+  }
+  const own = pagesOf(disk, top ?? {}).map(
+    ([slab, page]) => [slab, { generation: page.generation, blocks: new Set(page.blocks) }] as const,
+  );
+  return {
+    uuid: grant.volume_uuid ?? '',
+    volumeId: String(grant.volume_id),
+    epoch: BigInt(String(grant.epoch)),
+    slot: grant.slot ?? 0,
+    readOnly: grant.read_only === true,
+    layerId: BigInt(String(top?.layer_id)),
+    open: true,
+    inFlight: 0,
+    held: false,
+    unreported: [],
+    told,
+    own: new Map(own),
+    map: mapOf(disk, layers),
+    busy: new Set(),
+  };
+}
