@@ -2,7 +2,7 @@
  * One volume's whole life, step by step: what `make demo` shows. Everything goes over the CSI sockets, as Kubernetes
  * would; every byte is compared.
  */
-import { closeSync, fsyncSync, openSync, readSync, statfsSync, writeSync } from 'node:fs';
+import { closeSync, fsyncSync, openSync, readSync, rmSync, statfsSync, writeSync } from 'node:fs';
 import { join } from 'node:path';
 import { native } from '@holdfast/native';
 import { printReport } from '../commands/pool.ts';
@@ -14,7 +14,7 @@ import {
   sizeOf,
   writeFiles,
 } from '../harness/content.ts';
-import type { CsiCluster, CsiVolume, Published } from '../harness/csi.ts';
+import type { CsiCluster, CsiSnapshot, CsiVolume, Published } from '../harness/csi.ts';
 import type { DevUp } from '../harness/dev-process.ts';
 import { Writer } from '../harness/writer-process.ts';
 import { formatBytes } from '../output.ts';
@@ -30,7 +30,7 @@ const patternAt = 256 << 20;
 const recordsBeforeKill = 200;
 
 /** Steps of `liveThrough` for so many kills. */
-export const stepCount = (kills: number): number => 10 + kills * 3 + (kills - 1);
+export const stepCount = (kills: number): number => 14 + kills * 3 + (kills - 1);
 
 export interface Outcome {
   kills: number;
@@ -162,6 +162,55 @@ export async function liveThrough(
       });
     }
   }
+
+  // A node that is up and does not have the volumes: the first one never dies.
+  const other = 1;
+  let snapshot!: CsiSnapshot;
+  let log!: Writer;
+  let logged = 0;
+  const logPath = 'snapshot-records';
+  const logSeed = 4242;
+  await steps.run('Snapshot while it is written and fsynced', async () => {
+    log = new Writer(join(filesAt.targetPath, logPath), logSeed);
+    writers.push(log);
+    await log.untilAcknowledged(recordsBeforeKill, 60_000);
+    logged = log.acknowledged;
+    const started = performance.now();
+    snapshot = await cluster.snapshot(files, 'demo-snapshot');
+    const tookMs = performance.now() - started;
+    const during = log.acknowledged - logged;
+    await log.untilAcknowledged(log.acknowledged + 50, 60_000);
+    await log.end(0);
+    return `${tookMs.toFixed(0)} ms, ${during} records were synced meanwhile`;
+  });
+  let clone!: CsiVolume;
+  let cloneAt!: Published;
+  await steps.run(`Clone it on node ${other}, beside the volume`, async () => {
+    clone = await cluster.create('demo-clone', GiB, 'ext4', { snapshot });
+    cloneAt = await cluster.attach(clone, other);
+    checkFiles(cloneAt, 'files', sums);
+    const lost = missingRecords(join(cloneAt.targetPath, logPath), logSeed, logged);
+    check(lost.length === 0, `${lost.length} records synced before the snapshot are not in it`);
+    checkFiles(cloneAt, 'own', writeFiles(join(cloneAt.targetPath, 'own'), fileCount, 900));
+    return `all files, ${logged} records; ${fileCount} files of its own`;
+  });
+  await steps.run('Delete all files of the volume, restore them from the snapshot', async () => {
+    rmSync(join(filesAt.targetPath, 'files'), { recursive: true });
+    const restored = await cluster.create('demo-restored', GiB, 'ext4', { snapshot });
+    await cluster.detach(filesAt);
+    await cluster.delete(files);
+    files = restored;
+    filesAt = await cluster.attach(files, filesAt.node);
+    checkFiles(filesAt, 'files', sums);
+    return 'every checksum is right, the first volume is deleted';
+  });
+  await steps.run('Delete the clone and the snapshot', async () => {
+    await cluster.detach(cloneAt);
+    await cluster.delete(clone);
+    await cluster.deleteSnapshot(snapshot);
+    checkFiles(filesAt, 'files', sums);
+    return 'the restored volume is whole';
+  });
 
   await steps.run('Expand both while they are in use', async () => {
     const before = statfsSync(filesAt.targetPath).blocks;

@@ -22,6 +22,20 @@ export interface CsiVolume {
   context: Record<string, string>;
 }
 
+export interface CsiSnapshot {
+  id: string;
+  name: string;
+}
+
+/** What a volume is made from. */
+export type CsiSource = { snapshot: CsiSnapshot } | { volume: CsiVolume };
+
+function contentSource(source: CsiSource): Csi.VolumeContentSource {
+  return 'snapshot' in source
+    ? { type: 'snapshot', snapshot: { snapshot_id: source.snapshot.id } }
+    : { type: 'volume', volume: { volume_id: source.volume.id } };
+}
+
 export interface Published {
   volume: CsiVolume;
   node: number;
@@ -115,7 +129,7 @@ export class CsiCluster {
       : { access_mode, mount: { fs_type: volume.fsType, mount_flags: [] }, access_type: 'mount' };
   }
 
-  async create(name: string, bytes: bigint, fsType?: string): Promise<CsiVolume> {
+  async create(name: string, bytes: bigint, fsType?: string, source?: CsiSource): Promise<CsiVolume> {
     const controller = this.#controller;
     const { volume } = await repeated('CreateVolume', callMs, () =>
       call(
@@ -126,6 +140,7 @@ export class CsiCluster {
           capacity_range: { required_bytes: bytes.toString() },
           volume_capabilities: [this.#capability({ fsType })],
           parameters: {},
+          ...(source === undefined ? {} : { volume_content_source: contentSource(source) }),
         },
         { timeoutMs: callMs },
       ),
@@ -249,6 +264,28 @@ export class CsiCluster {
     const controller = this.#controller;
     await repeated('DeleteVolume', callMs, () =>
       call(controller, controller.DeleteVolume, { volume_id: volume.id }, { timeoutMs: callMs }),
+    );
+  }
+
+  /** CreateSnapshot, repeated as the snapshotter repeats it until it is ready to use. */
+  async snapshot(volume: CsiVolume, name: string): Promise<CsiSnapshot> {
+    const controller = this.#controller;
+    return await repeated('CreateSnapshot', callMs, async () => {
+      const { snapshot } = await call(
+        controller,
+        controller.CreateSnapshot,
+        { source_volume_id: volume.id, name },
+        { timeoutMs: callMs },
+      );
+      if (!snapshot?.ready_to_use) throw new HoldfastError('OPERATION_PENDING', `${name} is not ready yet`);
+      return { id: snapshot.snapshot_id, name };
+    });
+  }
+
+  async deleteSnapshot(snapshot: CsiSnapshot): Promise<void> {
+    const controller = this.#controller;
+    await repeated('DeleteSnapshot', callMs, () =>
+      call(controller, controller.DeleteSnapshot, { snapshot_id: snapshot.id }, { timeoutMs: callMs }),
     );
   }
 
