@@ -62,6 +62,21 @@ if (r.memory) {
     ...Object.entries(r.memory).map(([name, m]) =>
       row([name, n(m.mapped_gib, 1), n(m.mib_per_tib, 1), below(m.mib_per_tib, goal[name], 'MiB'), n(m.open_s_per_tib, 2), n(m.page_mib_per_s)])), '');
 }
+if (r.snapshots) {
+  const { held, after, layers, clone } = r.snapshots;
+  lines.push('## Snapshots and clones', '', '500 writes a second go on while snapshots are taken one after another; held is how long the engine kept new writes waiting.', '',
+    row(['volume', 'snapshots', 'held p50 ms', 'held p99 ms', 'goal', 'first 20, p50', 'last 20, p50', 'CreateSnapshot p50 ms']),
+    row(['---', '--:', '--:', '--:', '---', '--:', '--:', '--:']),
+    ...held.map((h) => row([h.volume, h.snapshots, n(h.held.p50_ms, 1), n(h.held.p99_ms, 1), below(h.held.p99_ms, 50, 'ms'), n(h.first.p50_ms, 1), n(h.last.p50_ms, 1), n(h.call.p50_ms)])),
+    '', row(['after a snapshot', 'ratio', 'goal']), row(['---', '--:', '---']),
+    row(['first 4k random writes, of rewrites', n(after.first_ratio, 2), verdict(after.first_ratio, 0.5)]),
+    row(['rewrites, of rewrites before the snapshot', n(after.again_ratio, 2), verdict(after.again_ratio, 0.95)]),
+    row([`random reads through ${layers.layers} layers, of one layer`, n(layers.ratio, 2), verdict(layers.ratio, 0.85)]),
+    '', row([`clone of a ${clone.source_gib} GiB volume`, 'ms', 'goal']), row(['---', '--:', '---']),
+    row(['CreateVolume', n(clone.create_ms), below(clone.create_ms, 200, 'ms')]),
+    row(['DeleteVolume', n(clone.delete_ms), below(clone.delete_ms, 200, 'ms')]),
+    row(['its space is back', n(clone.space_back_s * 1000), below(clone.space_back_s, 60, 's')]), '');
+}
 if (r.small_volumes) {
   lines.push('## Small volumes', '',
     `${r.small_volumes.count} volumes of 1 GiB with the first 8 MiB written cost ${n(r.small_volumes.mib_each, 1)} MiB of pool each (${below(r.small_volumes.mib_each, 24, 'MiB')}).`, '');

@@ -7,6 +7,7 @@ import { fileURLToPath } from 'node:url';
 import { call } from '../packages/common/dist/index.js';
 import { attach, destroy, openVolumeInfo, stage, startCluster, unstage } from './cluster.mjs';
 import { fio, median, percentile, workloads } from './fio.mjs';
+import { snapshotSection } from './snapshots.mjs';
 import { haveQsd, loopDisk, qsdVolume, sh } from './targets.mjs';
 
 if (process.getuid() !== 0) {
@@ -254,6 +255,18 @@ try {
   if (wants('control')) report.control = await controlSection(cluster);
   if (wants('memory')) report.memory = await memorySection(cluster);
   if (wants('small')) report.small_volumes = await smallSection(cluster);
+  if (wants('snapshots')) {
+    const r = await snapshotSection(cluster, directory, { quick, rounds, seconds });
+    report.snapshots = r;
+    table(['writes held for a snapshot', 'snapshots', 'p50 ms', 'p99 ms', 'first, p50', 'last, p50'],
+      r.held.map((h) => [h.volume, String(h.snapshots), fmt(h.held.p50_ms, 1), fmt(h.held.p99_ms, 1), fmt(h.first.p50_ms, 1), fmt(h.last.p50_ms, 1)]));
+    table(['after a snapshot', 'ratio'], [
+      ['first 4k random writes, of rewrites', fmt(r.after.first_ratio, 2)],
+      ['rewrites, of rewrites before', fmt(r.after.again_ratio, 2)],
+      [`reads through ${r.layers.layers} layers, of one layer`, fmt(r.layers.ratio, 2)],
+    ]);
+    table(['clone of 100 GiB', 'ms'], [['CreateVolume', fmt(r.clone.create_ms)], ['DeleteVolume', fmt(r.clone.delete_ms)], ['space back', fmt(r.clone.space_back_s * 1000)]]);
+  }
   const out = join(dirname(fileURLToPath(import.meta.url)), 'results', 'latest.json');
   mkdirSync(dirname(out), { recursive: true });
   let previous = {};
