@@ -14,6 +14,20 @@ import { OrderFailed, type OrderBody, type Sessions } from './sessions.ts';
 
 /** A node that is away for this long, has a job and holds no volume is fenced, so that another can do the job. */
 const awayMs = 60_000;
+/**
+ * Answers of an engine that has ended its run of a job: another life may have it then. Every other error may come from an agent that
+ * does not know what an engine before it, or another run, still has in flight.
+ */
+const ended = new Set([
+  'HF_IO',
+  'HF_LEASE_EXPIRED',
+  'HF_CORRUPT',
+  'HF_NO_SPACE',
+  'HF_INVALID_ARGUMENT',
+  'HF_NOT_FOUND',
+  'HF_UNSUPPORTED',
+  'UNIMPLEMENTED',
+]);
 
 export interface Job {
   pool: PoolRecord;
@@ -45,8 +59,7 @@ export async function runJob(core: Core, sessions: Sessions, job: Job): Promise<
     });
   } catch (error) {
     if (!(error instanceof OrderFailed)) throw error;
-    // Without an answer it may still be at it.
-    if (error.code !== 'TIMEOUT' && error.code !== 'UNREACHABLE') {
+    if (ended.has(error.code)) {
       await core.decide((d) => {
         jobEnded(d, pool.uuid, what);
         job.failed?.(d, life);
