@@ -29,6 +29,10 @@ const ended = new Set([
   'UNIMPLEMENTED',
 ]);
 
+/** Orders at a time on a pool: each keeps an agent's disk busy. Those that cannot be given now do not count. */
+const maxOrders = 8;
+const orders = new WeakMap<Core, Map<string, number>>();
+
 export interface Job {
   pool: PoolRecord;
   /** One of a kind on the pool. */
@@ -52,7 +56,9 @@ export async function runJob(core: Core, sessions: Sessions, job: Job): Promise<
   }
   try {
     const body = job.order(life.generation.toString());
-    const result = await sessions.order(life.nodeId, pool.uuid, body, job.timeoutMs);
+    const result = await inTurn(core, pool.uuid, () =>
+      sessions.order(life.nodeId, pool.uuid, body, job.timeoutMs),
+    );
     await core.decide((d) => {
       jobEnded(d, pool.uuid, what);
       job.done(d, result, life);
@@ -66,6 +72,19 @@ export async function runJob(core: Core, sessions: Sessions, job: Job): Promise<
       });
     }
     throw error;
+  }
+}
+
+async function inTurn<T>(core: Core, poolUuid: string, body: () => Promise<T>): Promise<T> {
+  const counts = orders.get(core) ?? new Map<string, number>();
+  orders.set(core, counts);
+  const running = (): number => counts.get(poolUuid) ?? 0;
+  while (running() >= maxOrders && !core.stopped.signal.aborted) await core.nextChange(1000);
+  counts.set(poolUuid, running() + 1);
+  try {
+    return await body();
+  } finally {
+    counts.set(poolUuid, running() - 1);
   }
 }
 
