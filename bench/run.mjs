@@ -2,7 +2,7 @@
 // time, memory and space. Prints tables and writes bench/results/latest.json. BENCH_QUICK=1 makes a short, rough run.
 import { cpus, totalmem, tmpdir } from 'node:os';
 import { mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
-import { dirname, join } from 'node:path';
+import { basename, dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { call } from '../packages/common/dist/index.js';
 import { attach, destroy, openVolumeInfo, stage, startCluster, unstage } from './cluster.mjs';
@@ -71,9 +71,27 @@ async function fioSection(cluster) {
   return { rows: results, qsdVersion };
 }
 
-/** First writes to a fresh thin volume against rewrites of the same blocks, A B A B. */
-async function freshSection(cluster) {
+/**
+ * First writes to a fresh thin volume against rewrites of the same blocks, A B A B. On a disk of its own that is written all
+ * over beforehand and cannot discard, as a LUN is: on the sparse file of the other sections a first write would also wait for
+ * the file system below to allocate the file's blocks.
+ */
+async function freshSection() {
   const bytes = (quick ? 0.5 : 2) * GiB;
+  const home = join(directory, 'fresh');
+  mkdirSync(home);
+  console.log('Writing the disk for first writes all over…');
+  sh('dd', 'if=/dev/zero', `of=${join(home, 'disk.img')}`, 'bs=4M', `count=${(3 * bytes) / (4 << 20)}`, 'oflag=direct', 'conv=fsync', 'status=none');
+  const cluster = await startCluster(home, { nodes: 1, size: '1G' });
+  try {
+    writeFileSync(`/sys/block/${basename(cluster.state.disk.device)}/queue/discard_max_bytes`, '0');
+    return await firstWrites(cluster, bytes);
+  } finally {
+    await cluster.close();
+  }
+}
+
+async function firstWrites(cluster, bytes) {
   const cases = {
     'sequential-1m': { rw: 'write', bs: '1m', iodepth: 8 },
     'random-4k': { rw: 'randwrite', bs: '4k', iodepth: 32 },
@@ -90,6 +108,7 @@ async function freshSection(cluster) {
       again.push(fio(volume.device, workload, { seconds: 0, bytes, extra }));
       await unstage(cluster, volume);
       await destroy(cluster, volume);
+      await allDeleted(cluster);
     }
     const row = { workload: name, first: { iops: median(first.map((r) => r.iops)) }, rewrite: { iops: median(again.map((r) => r.iops)) } };
     row.ratio = median(first.map((r, i) => r.iops / again[i].iops));
@@ -251,7 +270,7 @@ try {
     report.fio = rows;
     report.machine.qsd = qsdVersion ?? 'not installed';
   }
-  if (wants('fresh')) report.fresh = await freshSection(cluster);
+  if (wants('fresh')) report.fresh = await freshSection();
   if (wants('control')) report.control = await controlSection(cluster);
   if (wants('memory')) report.memory = await memorySection(cluster);
   if (wants('small')) report.small_volumes = await smallSection(cluster);

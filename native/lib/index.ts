@@ -322,6 +322,7 @@ export interface Pool {
   }): Promise<void>;
   readVolumeRecord(slot: number): Promise<VolumeRecord | undefined>;
   readVolumeRecords(): Promise<VolumeRecord[]>;
+  readLayerRecord(slot: number): Promise<LayerRecord | undefined>;
   /** Which layer each slab belongs to, by its pages: for a dead host's slabs before its volumes are granted again. */
   scanSlabs(runs: SlabRun[]): Promise<SlabOwner[]>;
   /** Deletes a volume's records and discards its slabs. `closedEpoch`: refuse if the record's epoch is newer. */

@@ -510,34 +510,53 @@ TEST(DataHazard, AGrantOfASlabThatHasBeenHandedOnIsRefused) {
   EXPECT_EQ(bench.open().code, Code::kStale);
 }
 
-TEST(DataHazard, APageWriteOfUnknownOutcomeIsRetriedToTheSameCopy) {
-  Bench bench(kMiB, 4);
-  ASSERT_TRUE(bench.open().ok());
-  ASSERT_EQ(bench.write(0, kBlock, 1), 0);
-  ASSERT_EQ(bench.flush(), 0);
-  ASSERT_EQ(bench.write(kBlock, kBlock, 2), 0);
-  std::vector<uint64_t> written;
-  int failures = 2;
-  bench.errors.set_judge([&](const IoRequest& request) {
-    if (request.op == IoOp::kWrite) written.push_back(request.offset);
-    // First the page write itself, then the flush after it.
-    const bool hit =
-        failures == 2 ? request.op == IoOp::kWrite : failures == 1 && request.op == IoOp::kFlush && written.size() == 2;
-    if (hit) failures--;
-    return ErrorDevice::Verdict{hit ? EIO : 0, true};
-  });
-  EXPECT_EQ(bench.flush(), EIO);
-  EXPECT_EQ(bench.flush(), EIO);
-  EXPECT_EQ(bench.flush(), 0);
-  ASSERT_EQ(written.size(), 3u);
-  EXPECT_EQ(written[0], written[1]);
-  EXPECT_EQ(written[1], written[2]);
-  // And what a failed flush left dirty is durable now.
-  bench.errors.set_judge(nullptr);
-  ASSERT_TRUE(bench.abort().ok());
-  bench.next_grant();
-  ASSERT_TRUE(bench.open().ok());
-  EXPECT_TRUE(bench.reads(kBlock, kBlock, 2));
+// Either the same copy is written again, or, where the page did get there, what is there is made sure of first.
+TEST(DataHazard, APageWriteOfUnknownOutcomeIsRetriedToTheSameCopyOrKeptWhole) {
+  enum Way { kLost, kLanded, kFlushFailed };
+  for (const Way way : {kLost, kLanded, kFlushFailed}) {
+    Bench bench(kMiB, 4);
+    ASSERT_TRUE(bench.open().ok());
+    ASSERT_EQ(bench.write(0, kBlock, 1), 0);
+    ASSERT_EQ(bench.flush(), 0);
+    ASSERT_EQ(bench.write(kBlock, kBlock, 2), 0);
+    struct Written {
+      uint64_t offset;
+      uint64_t sequence;
+    };
+    std::vector<Written> written;
+    bool fail = true;
+    bench.errors.set_judge([&](const IoRequest& request) {
+      if (request.op == IoOp::kWrite) {
+        written.push_back({request.offset, static_cast<const SlabPage*>(request.iov[0].iov_base)->header.sequence});
+      }
+      const bool hit = fail && (way == kFlushFailed ? request.op == IoOp::kFlush && !written.empty()
+                                                    : request.op == IoOp::kWrite);
+      return ErrorDevice::Verdict{hit ? EIO : 0, way != kLost};
+    });
+    EXPECT_EQ(bench.flush(), EIO);
+    EXPECT_EQ(bench.flush(), EIO);
+    fail = false;
+    EXPECT_EQ(bench.flush(), 0);
+    // The copy that served before the failures is written only behind one that is whole and newer.
+    const uint64_t tried = written[0].offset;
+    uint64_t sure = 0;
+    for (size_t i = 0; i < written.size(); i++) {
+      if (written[i].offset == tried) {
+        EXPECT_TRUE(way == kLost || written[i].sequence == written[0].sequence);
+        sure = written[i].sequence;
+      } else {
+        EXPECT_NE(way, kLost);
+        EXPECT_GT(written[i].sequence, sure);
+      }
+    }
+    EXPECT_GE(written.size(), 3u);
+    // And what a failed flush left dirty is durable now.
+    bench.errors.set_judge(nullptr);
+    ASSERT_TRUE(bench.abort().ok());
+    bench.next_grant();
+    ASSERT_TRUE(bench.open().ok());
+    EXPECT_TRUE(bench.reads(kBlock, kBlock, 2));
+  }
 }
 
 TEST(DataHazard, AChunkWhoseFirstWriteFailedIsNotFreedUnderAZeroMask) {

@@ -75,6 +75,14 @@ std::optional<std::string> find_string(const Napi::Object& object, const char* n
 uint64_t get_u64(const Napi::Object& object, const char* name) { return u64_of(object.Get(name), name); }
 uint32_t get_u32(const Napi::Object& object, const char* name) { return u32_of(object.Get(name), name); }
 
+uint64_t get_milliseconds(const Napi::Object& object, const char* name) {
+  const Napi::Value value = object.Get(name);
+  if (!value.IsNumber()) wrong(object.Env(), name, "a number");
+  const double count = value.As<Napi::Number>().DoubleValue();
+  if (!(count >= 0 && count <= 9007199254740991.0)) wrong(object.Env(), name, "milliseconds since 1970");
+  return uint64_t(count);
+}
+
 std::optional<uint32_t> find_u32(const Napi::Object& object, const char* name) {
   const Napi::Value value = object.Get(name);
   if (value.IsUndefined()) return std::nullopt;
@@ -117,6 +125,30 @@ std::vector<SlabRun> runs_from(const Napi::Array& array, const char* name) {
   return runs;
 }
 
+LayerSpec layer_spec_from(const Napi::Object& layer) {
+  LayerSpec out;
+  out.layer_id = get_u64(layer, "layerId");
+  out.slot = get_u32(layer, "slot");
+  out.parent_layer_id = get_u64(layer, "parentLayerId");
+  out.birth = get_u64(layer, "birth");
+  out.size_bytes = get_u64(layer, "sizeBytes");
+  out.frozen = get_bool(layer, "frozen");
+  out.slabs = runs_from(get_array(layer, "slabs"), "slabs");
+  return out;
+}
+
+std::vector<LayerSpec> layer_specs_from(const Napi::Value& value, const char* name) {
+  if (!value.IsArray()) wrong(value.Env(), name, "an array of layers");
+  const Napi::Array array = value.As<Napi::Array>();
+  std::vector<LayerSpec> layers;
+  for (uint32_t i = 0; i < array.Length(); ++i) {
+    const Napi::Value layer = array.Get(i);
+    if (!layer.IsObject()) wrong(value.Env(), name, "an array of layers");
+    layers.push_back(layer_spec_from(layer.As<Napi::Object>()));
+  }
+  return layers;
+}
+
 VolumeSpec volume_spec_from(const Napi::Object& object) {
   VolumeSpec spec;
   spec.volume_id = get_u64(object, "volumeId");
@@ -127,21 +159,7 @@ VolumeSpec volume_spec_from(const Napi::Object& object) {
   spec.epoch = get_u64(object, "epoch");
   spec.read_only = get_bool(object, "readOnly");
   spec.parameters_json = get_string(object, "parametersJson");
-  const Napi::Array layers = get_array(object, "layers");
-  for (uint32_t i = 0; i < layers.Length(); ++i) {
-    const Napi::Value value = layers.Get(i);
-    if (!value.IsObject()) wrong(object.Env(), "layers", "an array of layers");
-    const Napi::Object layer = value.As<Napi::Object>();
-    LayerSpec out;
-    out.layer_id = get_u64(layer, "layerId");
-    out.slot = get_u32(layer, "slot");
-    out.parent_layer_id = get_u64(layer, "parentLayerId");
-    out.birth = get_u64(layer, "birth");
-    out.size_bytes = get_u64(layer, "sizeBytes");
-    out.frozen = get_bool(layer, "frozen");
-    out.slabs = runs_from(get_array(layer, "slabs"), "slabs");
-    spec.layers.push_back(std::move(out));
-  }
+  spec.layers = layer_specs_from(object.Get("layers"), "layers");
   return spec;
 }
 
@@ -300,6 +318,55 @@ Napi::Value to_js(Napi::Env env, const CheckReport& report) {
   return out;
 }
 
+Napi::Value to_js(Napi::Env env, const LayerSpec& layer) {
+  Napi::Object item = Napi::Object::New(env);
+  item.Set("layerId", big(env, layer.layer_id));
+  item.Set("slot", number(env, layer.slot));
+  item.Set("parentLayerId", big(env, layer.parent_layer_id));
+  item.Set("birth", big(env, layer.birth));
+  item.Set("sizeBytes", big(env, layer.size_bytes));
+  item.Set("frozen", Napi::Boolean::New(env, layer.frozen));
+  item.Set("slabs", array_to_js(env, layer.slabs));
+  return item;
+}
+
+Napi::Value to_js(Napi::Env env, const CutReport& report) {
+  Napi::Object out = Napi::Object::New(env);
+  out.Set("frozen", to_js(env, report.frozen));
+  out.Set("heldMicroseconds", number(env, double(report.held_ns / 1000)));
+  return out;
+}
+
+Napi::Value to_js(Napi::Env env, const LayerUse& use) {
+  Napi::Object out = Napi::Object::New(env);
+  out.Set("layerId", big(env, use.layer_id));
+  out.Set("liveBlocks", big(env, use.live_blocks));
+  out.Set("slabs", big(env, use.slabs));
+  return out;
+}
+
+Napi::Value to_js(Napi::Env env, const StripReport& report) {
+  Napi::Object out = Napi::Object::New(env);
+  out.Set("emptied", array_to_js(env, report.emptied));
+  out.Set("clearedBlocks", big(env, report.cleared_blocks));
+  out.Set("uses", array_to_js(env, report.uses));
+  return out;
+}
+
+Napi::Value to_js(Napi::Env env, const ByteRange& range) {
+  Napi::Object out = Napi::Object::New(env);
+  out.Set("offset", big(env, range.offset));
+  out.Set("length", big(env, range.length));
+  return out;
+}
+
+Napi::Value to_js(Napi::Env env, const ChangeReading& reading) {
+  Napi::Object out = Napi::Object::New(env);
+  out.Set("ranges", array_to_js(env, reading.ranges));
+  out.Set("nextOffset", big(env, reading.next_offset));
+  return out;
+}
+
 Napi::Value to_js(Napi::Env env, const VolumeSpec& spec) {
   Napi::Object out = Napi::Object::New(env);
   out.Set("volumeId", big(env, spec.volume_id));
@@ -310,20 +377,7 @@ Napi::Value to_js(Napi::Env env, const VolumeSpec& spec) {
   out.Set("epoch", big(env, spec.epoch));
   out.Set("readOnly", Napi::Boolean::New(env, spec.read_only));
   out.Set("parametersJson", text(env, spec.parameters_json));
-  Napi::Array layers = Napi::Array::New(env, spec.layers.size());
-  for (size_t i = 0; i < spec.layers.size(); ++i) {
-    const LayerSpec& layer = spec.layers[i];
-    Napi::Object item = Napi::Object::New(env);
-    item.Set("layerId", big(env, layer.layer_id));
-    item.Set("slot", number(env, layer.slot));
-    item.Set("parentLayerId", big(env, layer.parent_layer_id));
-    item.Set("birth", big(env, layer.birth));
-    item.Set("sizeBytes", big(env, layer.size_bytes));
-    item.Set("frozen", Napi::Boolean::New(env, layer.frozen));
-    item.Set("slabs", array_to_js(env, layer.slabs));
-    layers.Set(uint32_t(i), item);
-  }
-  out.Set("layers", layers);
+  out.Set("layers", array_to_js(env, spec.layers));
   return out;
 }
 

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "core/checker.h"
+#include "core/layer_jobs.h"
 #include "core/pool.h"
 #include "core/records.h"
 #include "core/volume.h"
@@ -27,12 +28,15 @@ std::string get_string(const Napi::Object& object, const char* name);
 std::optional<std::string> find_string(const Napi::Object& object, const char* name);
 uint64_t get_u64(const Napi::Object& object, const char* name);                  // bigint
 uint32_t get_u32(const Napi::Object& object, const char* name);                  // number
+uint64_t get_milliseconds(const Napi::Object& object, const char* name);         // number, since 1970
 std::optional<uint32_t> find_u32(const Napi::Object& object, const char* name);
 bool get_bool(const Napi::Object& object, const char* name);
 bool find_bool(const Napi::Object& object, const char* name);                    // absent: false
 format::Uuid get_uuid(const Napi::Object& object, const char* name);
 Napi::Array get_array(const Napi::Object& object, const char* name);
 std::vector<SlabRun> runs_from(const Napi::Array& array, const char* name);
+LayerSpec layer_spec_from(const Napi::Object& object);
+std::vector<LayerSpec> layer_specs_from(const Napi::Value& value, const char* name);
 VolumeSpec volume_spec_from(const Napi::Object& object);
 
 Napi::Value big(Napi::Env env, uint64_t value);
@@ -46,7 +50,13 @@ Napi::Value to_js(Napi::Env env, const LayerRecordInfo& record);
 Napi::Value to_js(Napi::Env env, const SlabOwner& owner);
 Napi::Value to_js(Napi::Env env, const SlabRun& run);
 Napi::Value to_js(Napi::Env env, const CheckReport& report);
+Napi::Value to_js(Napi::Env env, const LayerSpec& layer);
 Napi::Value to_js(Napi::Env env, const VolumeSpec& spec);
+Napi::Value to_js(Napi::Env env, const CutReport& report);
+Napi::Value to_js(Napi::Env env, const LayerUse& use);
+Napi::Value to_js(Napi::Env env, const StripReport& report);
+Napi::Value to_js(Napi::Env env, const ByteRange& range);
+Napi::Value to_js(Napi::Env env, const ChangeReading& reading);
 Napi::Value to_js(Napi::Env env, const VolumeStats& stats);
 Napi::Value to_js(Napi::Env env, const EngineEvent& event);
 

@@ -1,7 +1,9 @@
 // See wraps.h.
 #include "addon/wraps.h"
 
+#include <chrono>
 #include <limits>
+#include <thread>
 
 #include "addon/convert.h"
 
@@ -42,6 +44,9 @@ class VolumeWrap : public Napi::ObjectWrap<VolumeWrap> {
                        {InstanceAccessor<&VolumeWrap::spec>("spec"), InstanceAccessor<&VolumeWrap::exported>("export"),
                         InstanceMethod<&VolumeWrap::grow>("grow"), InstanceMethod<&VolumeWrap::close>("close"),
                         InstanceMethod<&VolumeWrap::revoke>("revoke"), InstanceMethod<&VolumeWrap::detach>("detach"),
+                        InstanceMethod<&VolumeWrap::hold>("hold"), InstanceMethod<&VolumeWrap::release>("release"),
+                        InstanceMethod<&VolumeWrap::cut>("cut"),
+                        InstanceMethod<&VolumeWrap::forget_slabs>("forgetSlabs"),
                         InstanceMethod<&VolumeWrap::stats>("stats")});
   }
 
@@ -68,6 +73,38 @@ class VolumeWrap : public Napi::ObjectWrap<VolumeWrap> {
   Napi::Value close(const Napi::CallbackInfo& info) { return run(info, &EngineVolume::close); }
   Napi::Value revoke(const Napi::CallbackInfo& info) { return run(info, &EngineVolume::revoke); }
   Napi::Value detach(const Napi::CallbackInfo& info) { return run(info, &EngineVolume::detach); }
+  Napi::Value hold(const Napi::CallbackInfo& info) {
+    return reject_on_throw(info, [&] {
+      const uint32_t timeout_ms = u32_argument(info, 0, "timeoutMs");
+      return promise_for_status(info.Env(), data_of(info.Env())->dispatcher,
+                                [volume = volume_, timeout_ms] { return volume->hold(timeout_ms); });
+    });
+  }
+  Napi::Value release(const Napi::CallbackInfo& info) { return run(info, &EngineVolume::release); }
+  Napi::Value cut(const Napi::CallbackInfo& info) {
+    return reject_on_throw(info, [&] {
+      LayerSpec top = layer_spec_from(object_argument(info, 0, "top"));
+      const Napi::Object given = object_argument(info, 1, "snapshot");
+      SnapshotInfo snapshot;
+      snapshot.name = get_string(given, "name");
+      snapshot.unix_ms = get_milliseconds(given, "unixMs");
+      const uint32_t timeout_ms = u32_argument(info, 2, "timeoutMs");
+      return promise_for<CutReport>(
+          info.Env(), data_of(info.Env())->dispatcher,
+          [volume = volume_, top = std::move(top), snapshot, timeout_ms] {
+            return volume->cut(top, snapshot, timeout_ms);
+          },
+          [](Napi::Env env, CutReport& report) { return to_js(env, report); });
+    });
+  }
+  Napi::Value forget_slabs(const Napi::CallbackInfo& info) {
+    return reject_on_throw(info, [&] {
+      if (!info[0].IsArray()) throw_invalid(info.Env(), "slabs must be an array of slab runs");
+      std::vector<SlabRun> slabs = runs_from(info[0].As<Napi::Array>(), "slabs");
+      return promise_for_status(info.Env(), data_of(info.Env())->dispatcher,
+                                [volume = volume_, slabs = std::move(slabs)] { return volume->forget_slabs(slabs); });
+    });
+  }
   Napi::Value stats(const Napi::CallbackInfo& info) { return to_js(info.Env(), volume_->stats()); }
 
   std::shared_ptr<EngineVolume> volume_;
@@ -75,6 +112,16 @@ class VolumeWrap : public Napi::ObjectWrap<VolumeWrap> {
 
 Napi::Value wrap_volume(Napi::Env env, std::shared_ptr<EngineVolume> volume) {
   return wrap(env, data_of(env)->volume_class, std::move(volume));
+}
+
+// Between the batches of a job on layers the disk is left to volumes for as long as the batch took.
+Pause pace() {
+  using Clock = std::chrono::steady_clock;
+  auto begun = std::make_shared<Clock::time_point>(Clock::now());
+  return [begun] {
+    std::this_thread::sleep_for(std::min<Clock::duration>(Clock::now() - *begun, std::chrono::milliseconds(100)));
+    *begun = Clock::now();
+  };
 }
 
 class PoolWrap : public Napi::ObjectWrap<PoolWrap> {
@@ -98,7 +145,10 @@ class PoolWrap : public Napi::ObjectWrap<PoolWrap> {
          InstanceMethod<&PoolWrap::read_volume_record>("readVolumeRecord"),
          InstanceMethod<&PoolWrap::read_volume_records>("readVolumeRecords"),
          InstanceMethod<&PoolWrap::scan_slabs>("scanSlabs"), InstanceMethod<&PoolWrap::wipe_volume>("wipeVolume"),
-         InstanceMethod<&PoolWrap::close>("close"), InstanceMethod<&PoolWrap::stop>("stop")});
+         InstanceMethod<&PoolWrap::read_layer_record>("readLayerRecord"),
+         InstanceMethod<&PoolWrap::strip_layers>("stripLayers"), InstanceMethod<&PoolWrap::wipe_layers>("wipeLayers"),
+         InstanceMethod<&PoolWrap::read_changes>("readChanges"), InstanceMethod<&PoolWrap::close>("close"),
+         InstanceMethod<&PoolWrap::stop>("stop")});
   }
 
  private:
@@ -151,8 +201,14 @@ class PoolWrap : public Napi::ObjectWrap<PoolWrap> {
   Napi::Value open_volume(const Napi::CallbackInfo& info) {
     return reject_on_throw(info, [&] {
       VolumeSpec spec = volume_spec_from(object_argument(info, 0, "spec"));
+      bool with_device = true;
+      if (!info[1].IsUndefined()) {
+        const Napi::Object options = object_argument(info, 1, "options");
+        if (!options.Get("device").IsUndefined()) with_device = get_bool(options, "device");
+      }
       return promise_for<std::shared_ptr<EngineVolume>>(
-          info.Env(), dispatcher(info), [pool = pool_, spec = std::move(spec)] { return pool->open_volume(spec); },
+          info.Env(), dispatcher(info),
+          [pool = pool_, spec = std::move(spec), with_device] { return pool->open_volume(spec, with_device); },
           [](Napi::Env env, std::shared_ptr<EngineVolume>& volume) { return wrap_volume(env, volume); });
     });
   }
@@ -304,6 +360,77 @@ class PoolWrap : public Napi::ObjectWrap<PoolWrap> {
                                                                  const format::Superblock& superblock) {
         return holdfast::wipe_volume(device, superblock, request);
       });
+    });
+  }
+  uint32_t layer_slot(const Napi::CallbackInfo& info, uint32_t slot) {
+    if (slot >= pool_->info().layer_slots) {
+      throw_invalid(info.Env(), "layer slot " + std::to_string(slot) + " is past the pool's " +
+                                    std::to_string(pool_->info().layer_slots));
+    }
+    return slot;
+  }
+  std::vector<LayerSpec> layers_argument(const Napi::CallbackInfo& info, size_t index, const char* name) {
+    std::vector<LayerSpec> layers = layer_specs_from(info[index], name);
+    for (const LayerSpec& layer : layers) layer_slot(info, layer.slot);
+    return layers;
+  }
+  Napi::Value read_layer_record(const Napi::CallbackInfo& info) {
+    return reject_on_throw(info, [&] {
+      const uint32_t slot = layer_slot(info, u32_argument(info, 0, "slot"));
+      using Found = std::optional<LayerRecordInfo>;
+      return on_disk<Found>(
+          info,
+          [slot](SyncDevice& device, const format::Superblock& superblock) {
+            return holdfast::read_layer_record(device, superblock, slot);
+          },
+          [](Napi::Env env, Found& value) { return value.has_value() ? to_js(env, *value) : env.Undefined(); });
+    });
+  }
+  Napi::Value strip_layers(const Napi::CallbackInfo& info) {
+    return reject_on_throw(info, [&] {
+      std::vector<LayerSpec> victims = layers_argument(info, 0, "victims");
+      std::vector<LayerSpec> covers = layers_argument(info, 1, "covers");
+      return on_disk<StripReport>(
+          info,
+          [victims = std::move(victims), covers = std::move(covers)](SyncDevice& device,
+                                                                     const format::Superblock& superblock) {
+            return holdfast::strip_layers(device, superblock, victims, covers, pace());
+          },
+          [](Napi::Env env, StripReport& report) { return to_js(env, report); });
+    });
+  }
+  Napi::Value wipe_layers(const Napi::CallbackInfo& info) {
+    return reject_on_throw(info, [&] {
+      if (!info[0].IsArray()) throw_invalid(info.Env(), "layers must be an array of layers");
+      std::vector<WipeLayer> layers;
+      const Napi::Array given = info[0].As<Napi::Array>();
+      for (uint32_t i = 0; i < given.Length(); ++i) {
+        const Napi::Value value = given.Get(i);
+        if (!value.IsObject()) throw_invalid(info.Env(), "layers must be an array of layers");
+        const Napi::Object layer = value.As<Napi::Object>();
+        layers.push_back({get_u64(layer, "layerId"), layer_slot(info, get_u32(layer, "slot")),
+                          runs_from(get_array(layer, "slabs"), "slabs")});
+      }
+      if (!info[1].IsBoolean()) throw_invalid(info.Env(), "tombstone must be true or false");
+      const bool tombstone = info[1].As<Napi::Boolean>().Value();
+      return on_disk_status(info, [layers = std::move(layers), tombstone](SyncDevice& device,
+                                                                          const format::Superblock& superblock) {
+        return holdfast::wipe_layers(device, superblock, layers, tombstone, pace());
+      });
+    });
+  }
+  Napi::Value read_changes(const Napi::CallbackInfo& info) {
+    return reject_on_throw(info, [&] {
+      std::vector<LayerSpec> layers = layers_argument(info, 0, "layers");
+      const uint64_t size = u64_argument(info, 1, "sizeBytes");
+      const uint64_t from = u64_argument(info, 2, "startingOffset");
+      const uint32_t ranges = u32_argument(info, 3, "maxRanges");
+      return on_disk<ChangeReading>(
+          info,
+          [layers = std::move(layers), size, from, ranges](SyncDevice& device, const format::Superblock& superblock) {
+            return holdfast::read_changes(device, superblock, layers, size, from, ranges, pace());
+          },
+          [](Napi::Env env, ChangeReading& reading) { return to_js(env, reading); });
     });
   }
   Napi::Value close(const Napi::CallbackInfo& info) {

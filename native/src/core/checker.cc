@@ -9,6 +9,7 @@
 #include <cstring>
 #include <map>
 #include <unordered_map>
+#include <utility>
 
 #include "records.h"
 
@@ -41,7 +42,9 @@ struct LayerSeen {
   LayerRecordInfo info;
   uint64_t chunks = 0;  // how many logical chunks it may map
   bool is_top = false;
-  bool settled = true;       // nobody may be writing it, and its last writer closed it cleanly
+  bool broken = false;       // an error has been named
+  bool used = false;         // some volume's chain or some named snapshot has it
+  bool settled = false;      // nobody may be writing it, and its last writer made its pages' copies equal
   uint64_t epoch = 0;        // of its volume, if it is the top; 0: unknown
   // By logical chunk, in pieces of kPieceChunks that exist where something is mapped: volumes are large and thin.
   std::unordered_map<uint32_t, std::vector<bool>> mapped;
@@ -331,6 +334,9 @@ class Checker {
       seen.info.size_bytes = record.size_bytes;
       seen.info.birth = record.birth;
       seen.info.state = record.state;
+      seen.info.snapshot_name = field_text(record.snapshot_name);
+      const bool frozen = record.state == LayerState::kFrozen || record.state == LayerState::kFolded;
+      seen.settled = frozen && (record.header.flags & format::kLayerSettled) != 0;
       if (record.state == LayerState::kFree || record.state > LayerState::kDeleted) {
         find_at(Severity::kError, "layer-state", offset, kPairSize,
                 place("layer", record.layer_id) + " has an unknown state")
@@ -348,7 +354,19 @@ class Checker {
     });
   }
 
+  // Marks a chain from its top down, tombstones left out.
+  void use_chain(uint64_t id) {
+    for (auto at = layers_.find(id); at != layers_.end() && !at->second.used;
+         at = layers_.find(at->second.info.parent_layer_id)) {
+      at->second.used = true;
+    }
+  }
+
   void relate_volumes_and_layers() {
+    for (const auto& [id, volume] : volumes_) use_chain(volume.top_layer_id);
+    for (const auto& [id, seen] : layers_) {
+      if (!seen.info.snapshot_name.empty() && seen.info.state == LayerState::kFrozen) use_chain(id);
+    }
     for (auto& [id, seen] : layers_) {
       seen.chunks = (seen.info.size_bytes + format::kChunkSize - 1) / format::kChunkSize;
       if (seen.info.state != LayerState::kDeleted) check_chain(id, seen);
@@ -375,33 +393,49 @@ class Checker {
         find(Severity::kWarning, "layer-without-volume",
              place("layer", id) + " is writable, but " + place("volume", seen.info.volume_id) + " has no record")
             .layer_id = id;
+      } else if (!seen.used && !seen.broken && seen.info.state == LayerState::kWritable) {
+        find(Severity::kInfo, "layer-unused",
+             place("layer", id) + " is writable, but not the top of " + place("volume", seen.info.volume_id) +
+                 ": a cut was interrupted; it is repeated, or the layer is given up")
+            .layer_id = id;
+      } else if (!seen.used && !seen.broken && seen.info.state != LayerState::kDeleted) {
+        find(Severity::kInfo, "layer-unused",
+             place("layer", id) + " is frozen, and no named snapshot and no volume that was ever opened rests on it")
+            .layer_id = id;
       }
       seen.chunks = std::min<uint64_t>(seen.chunks, format::kNoChunk);
     }
   }
 
-  void check_chain(uint64_t id, const LayerSeen& seen) {
+  void check_chain(uint64_t id, LayerSeen& seen) {
     const auto wrong = [&](const char* kind, const std::string& what) {
+      seen.broken = true;
       find_at(Severity::kError, kind, layer_record_offset(s_, seen.info.slot), kPairSize,
               place("layer", id) + " " + what)
           .layer_id = id;
     };
     if (seen.info.size_bytes > format::kMaxVolumeBytes) wrong("layer-size", "has an impossible size");
     const LayerSeen* child = &seen;
+    bool first = true;
     for (size_t steps = 0; child->info.parent_layer_id != 0; steps++) {
       const auto parent = layers_.find(child->info.parent_layer_id);
       const std::string link = place("layer", child->info.layer_id) + " has " +
                                place("layer", child->info.parent_layer_id) + " as its parent";
-      if (parent == layers_.end() || parent->second.info.state == LayerState::kDeleted) {
-        return wrong("layer-without-parent", "rests on nothing: " + link + ", which " +
-                                                 (parent == layers_.end() ? "has no record" : "is deleted"));
+      if (parent == layers_.end()) {
+        return wrong("layer-without-parent", "rests on nothing: " + link + ", which has no record");
       }
       if (steps > layers_.size()) return wrong("layer-cycle", "is below itself in its own chain");
-      if (steps == 0) {  // each link is judged once, from its child
-        if (parent->second.info.state == LayerState::kWritable) {
+      if (parent->second.info.state == LayerState::kDeleted) {
+        child = &parent->second;  // stripped bare and wiped: its record says what it rested on
+        continue;
+      }
+      if (std::exchange(first, false)) {  // each link is judged once, from its child
+        // Not so where a cut was cut off: its new top is in nobody's chain yet.
+        const bool cut_off = !seen.used && seen.info.state == LayerState::kWritable;
+        if (parent->second.info.state == LayerState::kWritable && !cut_off) {
           wrong("layer-parent-writable", "rests on a layer that is still writable: " + link);
         }
-        if (parent->second.info.birth >= child->info.birth)
+        if (parent->second.info.birth >= seen.info.birth)
           wrong("layer-order", "is not newer than its parent: " + link);
       }
       child = &parent->second;
@@ -464,7 +498,7 @@ class Checker {
     report_.slabs_claimed++;
     const auto found = layers_.find(page.layer_id);
     LayerSeen* layer = found == layers_.end() ? nullptr : &found->second;
-    check_copies(slab, a, b, copies, layer != nullptr && layer->settled);
+    check_copies(slab, a, b, copies, layer);
     check_owner(slab, page, layer);
     check_entries(slab, page, layer);
     check_holes(slab, page, layer);
@@ -481,7 +515,41 @@ class Checker {
     return nullptr;
   }
 
-  void check_copies(uint64_t slab, const SlabPage& a, const SlabPage& b, const Copies& copies, bool settled) {
+  // Whether the newer page is the older one without some blocks: what stripping, cut off between the copies, leaves.
+  static bool stripped(const SlabPage& newer, const SlabPage& older) {
+    if (newer.generation != older.generation || newer.layer_id != older.layer_id) return false;
+    for (uint32_t i = 0; i < format::kChunksPerSlab; i++) {
+      const format::SlabEntry& left = newer.entries[i];
+      const format::SlabEntry& was = older.entries[i];
+      if (left.logical_chunk == format::kNoChunk) continue;
+      if (left.logical_chunk != was.logical_chunk || (left.data & ~was.data) != 0 || (left.zero & ~was.zero) != 0) {
+        return false;
+      }
+    }
+    for (uint32_t i = 0; i < std::min(newer.hole_count, format::kHolesPerSlab); i++) {
+      const format::HoleRange& left = newer.holes[i];
+      bool inside = false;
+      for (uint32_t j = 0; j < std::min(older.hole_count, format::kHolesPerSlab); j++) {
+        const format::HoleRange& was = older.holes[j];
+        inside = inside || (left.start >= was.start && uint64_t{left.start} + left.length <= uint64_t{was.start} + was.length);
+      }
+      if (!inside) return false;
+    }
+    return true;
+  }
+  bool is_parent(uint64_t parent, uint64_t child) const {
+    const auto found = layers_.find(child);
+    return found != layers_.end() && found->second.info.parent_layer_id == parent;
+  }
+  static bool empty(const SlabPage& page) {
+    return page.hole_count == 0 && std::all_of(std::begin(page.entries), std::end(page.entries), [](const auto& entry) {
+             return entry.logical_chunk == format::kNoChunk;
+           });
+  }
+
+  void check_copies(uint64_t slab, const SlabPage& a, const SlabPage& b, const Copies& copies, const LayerSeen* layer) {
+    const bool settled = layer != nullptr && layer->settled;
+    const bool frozen = layer != nullptr && !layer->is_top && layer->info.state != LayerState::kWritable;
     const SlabPage& page = copies.newest == 0 ? a : b;
     const Severity severity = settled ? Severity::kWarning : Severity::kInfo;
     const PageState other = copies.state[1 - copies.newest];
@@ -492,14 +560,23 @@ class Checker {
       return;
     }
     if (a.generation == b.generation && a.layer_id != b.layer_id && a.layer_id != 0 && b.layer_id != 0) {
+      if (empty(a) && empty(b) && (is_parent(a.layer_id, b.layer_id) || is_parent(b.layer_id, a.layer_id))) {
+        find_slab(Severity::kInfo, "slab-claim-torn", slab, &page,
+                  "claiming it for another layer of its volume was interrupted before any data could follow");
+        return;
+      }
       find_slab(Severity::kError, "slab-owned-twice", slab, &page,
                 "its two copies name different owners of the same generation: layers " + std::to_string(a.layer_id) +
                     " and " + std::to_string(b.layer_id));
       return;
     }
-    if (!copies.equal && settled) {
+    if (!copies.equal && settled && frozen && stripped(page, copies.newest == 0 ? b : a)) {
+      find_slab(Severity::kInfo, "slab-copies-differ", slab, &page,
+                "one copy of its page has been stripped and the other not yet; stripping again makes them equal");
+    } else if (!copies.equal && settled) {
       find_slab(Severity::kWarning, "slab-copies-differ", slab, &page,
-                "its volume is closed, but the copies of its page differ; what the newer one lacks may be lost");
+                std::string(frozen ? "its layer is frozen" : "its volume is closed") +
+                    ", but the copies of its page differ; what the newer one lacks may be lost");
     }
   }
 

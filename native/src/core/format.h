@@ -192,6 +192,10 @@ struct VolumeRecord {
 };
 static_assert(sizeof(VolumeRecord) == kPageSize);
 
+// header.flags of a layer record. The layer is frozen and both copies of each of its slab pages were made equal after the
+// cut: copies that differ by more than what stripping takes away are damage from then on.
+inline constexpr uint16_t kLayerSettled = 1;
+
 enum class LayerState : uint32_t { kFree = 0, kWritable = 1, kFrozen = 2, kFolded = 3, kDeleted = 4 };
 
 struct LayerRecord {

@@ -10,12 +10,23 @@
 namespace holdfast {
 
 LayerMap::~LayerMap() {
-  for (uintptr_t& leaf : leaves_) free_leaf(leaf);
+  for (auto& block : blocks_) {
+    for (uint32_t i = 0; block != nullptr && i < kBlockLeaves; i++) free_leaf(block[i]);
+  }
 }
 
 void LayerMap::resize(uint64_t chunk_count) {
-  const uint64_t leaves = (chunk_count + kLeafChunks - 1) / kLeafChunks;
-  if (leaves > leaves_.size()) leaves_.resize(leaves, 0);
+  leaf_count_ = std::max(leaf_count_, (chunk_count + kLeafChunks - 1) / kLeafChunks);
+}
+
+uintptr_t& LayerMap::leaf_for(uint32_t at) {
+  const uint32_t block = at / kBlockLeaves;
+  if (block >= blocks_.size()) blocks_.resize(block + 1);
+  if (blocks_[block] == nullptr) {
+    blocks_[block] = std::make_unique<uintptr_t[]>(kBlockLeaves);
+    block_count_++;
+  }
+  return blocks_[block][at % kBlockLeaves];
 }
 
 void LayerMap::free_leaf(uintptr_t& leaf) {
@@ -133,7 +144,7 @@ void LayerMap::insert_run(uintptr_t& leaf, uint32_t offset, uint32_t length, Pla
 void LayerMap::set_run(uint32_t first, uint32_t count, Place place) {
   HF_ASSERT(count > 0 && uint64_t{first} + count <= chunks() && place != kNoPlace);
   while (count > 0) {
-    uintptr_t& leaf = leaves_[first / kLeafChunks];
+    uintptr_t& leaf = leaf_for(first / kLeafChunks);
     const uint32_t offset = first % kLeafChunks;
     const uint32_t length = std::min(count, kLeafChunks - offset);
     if ((leaf & kDenseTag) != 0) {
@@ -154,7 +165,7 @@ void LayerMap::set_run(uint32_t first, uint32_t count, Place place) {
 
 void LayerMap::erase(uint32_t chunk) {
   HF_ASSERT(chunk < chunks());
-  uintptr_t& leaf = leaves_[chunk / kLeafChunks];
+  uintptr_t& leaf = leaf_for(chunk / kLeafChunks);
   const uint32_t offset = chunk % kLeafChunks;
   HF_ASSERT(leaf != 0);
   if ((leaf & kDenseTag) != 0) {
@@ -192,8 +203,15 @@ uint32_t LayerMap::next_mapped(uint32_t from, uint32_t end) const {
   uint32_t chunk = from;
   while (chunk < end) {
     const uint32_t at = chunk / kLeafChunks;
-    if (at >= leaves_.size()) return end;
-    const uintptr_t leaf = leaves_[at];
+    const uint32_t block = at / kBlockLeaves;
+    if (block >= blocks_.size()) return end;
+    if (blocks_[block] == nullptr) {
+      const uint64_t block_end = (uint64_t{block} + 1) * kBlockLeaves * kLeafChunks;
+      if (block_end >= end) return end;
+      chunk = static_cast<uint32_t>(block_end);
+      continue;
+    }
+    const uintptr_t leaf = blocks_[block][at % kBlockLeaves];
     const uint64_t leaf_end = std::min<uint64_t>(end, (uint64_t{at} + 1) * kLeafChunks);
     if (leaf != 0 && (leaf & kDenseTag) != 0) {
       for (; chunk < leaf_end; chunk++) {
@@ -219,7 +237,7 @@ uint32_t LayerMap::find_before(uint32_t chunk, uint32_t within, Place* place) co
   uint32_t distance = 1;
   while (distance <= within) {
     const uint32_t at = chunk - distance;
-    const uintptr_t leaf = leaves_[at / kLeafChunks];
+    const uintptr_t leaf = leaf_at(at / kLeafChunks);
     const uint32_t offset = at % kLeafChunks;
     if (leaf == 0) {
       distance += offset + 1;

@@ -4,11 +4,15 @@
 // sorted list of runs (8 bytes each: a stretch of consecutive chunks in consecutive places), or, when the runs grow too
 // many, a plain array of 4-byte places. Sequential data costs a few runs per leaf, random data 4 bytes per chunk.
 //
+// Leaves hang in blocks that exist where something is mapped. So an empty map costs nothing whatever the volume's size, and
+// a chain of a thousand layers with little in each stays small.
+//
 // Not thread-safe: the volume calls it under its lock.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 namespace holdfast {
@@ -28,8 +32,13 @@ class LayerMap {
   LayerMap() = default;
   ~LayerMap();
   LayerMap(LayerMap&& other) noexcept
-      : leaves_(std::move(other.leaves_)), leaf_bytes_(other.leaf_bytes_), max_runs_(other.max_runs_) {
-    other.leaves_.clear();
+      : blocks_(std::move(other.blocks_)),
+        leaf_count_(other.leaf_count_),
+        block_count_(other.block_count_),
+        leaf_bytes_(other.leaf_bytes_),
+        max_runs_(other.max_runs_) {
+    other.blocks_.clear();
+    other.block_count_ = 0;
     other.leaf_bytes_ = 0;
   }
   LayerMap& operator=(LayerMap&&) = delete;
@@ -39,17 +48,13 @@ class LayerMap {
   void expect(uint64_t mapped) { max_runs_ = mapped >= this->chunks() / 4 ? kMaxRunsDense : kMaxRuns; }
   // For many lookups in a row at places far apart.
   void prefetch(uint32_t chunk) const {
-    const uint32_t at = chunk / kLeafChunks;
-    if (at < leaves_.size() && (leaves_[at] & kDenseTag) != 0) {
-      __builtin_prefetch(&dense(leaves_[at])->places[chunk % kLeafChunks], 1);
-    }
+    const uintptr_t leaf = leaf_at(chunk / kLeafChunks);
+    if ((leaf & kDenseTag) != 0) __builtin_prefetch(&dense(leaf)->places[chunk % kLeafChunks], 1);
   }
-  uint64_t chunks() const { return uint64_t{leaves_.size()} * kLeafChunks; }
+  uint64_t chunks() const { return leaf_count_ * kLeafChunks; }
 
   Place find(uint32_t chunk) const {
-    const uint32_t at = chunk / kLeafChunks;
-    if (at >= leaves_.size()) return kNoPlace;
-    const uintptr_t leaf = leaves_[at];
+    const uintptr_t leaf = leaf_at(chunk / kLeafChunks);
     if (leaf == 0) return kNoPlace;
     if ((leaf & kDenseTag) != 0) return dense(leaf)->places[chunk % kLeafChunks];
     return find_run(leaf, chunk % kLeafChunks);
@@ -64,7 +69,9 @@ class LayerMap {
   // The nearest mapped chunk below `chunk`, at most `within` away; its distance, or 0 if there is none.
   uint32_t find_before(uint32_t chunk, uint32_t within, Place* place) const;
 
-  size_t memory_bytes() const { return leaves_.capacity() * sizeof(uintptr_t) + leaf_bytes_; }
+  size_t memory_bytes() const {
+    return blocks_.capacity() * sizeof(blocks_[0]) + block_count_ * kBlockLeaves * sizeof(uintptr_t) + leaf_bytes_;
+  }
 
  private:
   struct Run {
@@ -83,7 +90,13 @@ class LayerMap {
     Place places[kLeafChunks];
   };
   static constexpr uintptr_t kDenseTag = 1;
+  static constexpr uint32_t kBlockLeaves = 64;  // 16 GiB of the volume
 
+  uintptr_t leaf_at(uint32_t at) const {
+    const uint32_t block = at / kBlockLeaves;
+    return block < blocks_.size() && blocks_[block] != nullptr ? blocks_[block][at % kBlockLeaves] : 0;
+  }
+  uintptr_t& leaf_for(uint32_t at);  // makes its block
   static RunLeaf* runs(uintptr_t leaf) { return reinterpret_cast<RunLeaf*>(leaf); }
   static DenseLeaf* dense(uintptr_t leaf) { return reinterpret_cast<DenseLeaf*>(leaf & ~kDenseTag); }
   static Place find_run(uintptr_t leaf, uint32_t offset);
@@ -95,7 +108,9 @@ class LayerMap {
   void make_dense(uintptr_t& leaf);
   void free_leaf(uintptr_t& leaf);
 
-  std::vector<uintptr_t> leaves_;
+  std::vector<std::unique_ptr<uintptr_t[]>> blocks_;  // as far as the last one that was ever needed
+  uint64_t leaf_count_ = 0;
+  size_t block_count_ = 0;
   size_t leaf_bytes_ = 0;
   uint32_t max_runs_ = kMaxRuns;
 };

@@ -40,7 +40,7 @@ uint32_t SlabTable::add() {
 
 void SlabTable::remove(uint32_t index) {
   Slab& slab = (*this)[index];
-  HF_ASSERT(slab.state != SlabState::kVacant && slab.hot == kNoIndex && !slab.listed);
+  HF_ASSERT(slab.state != SlabState::kVacant && slab.hot == kNoIndex);
   drop_entries(slab);
   slab = Slab{};
   vacant_.push_back(index);

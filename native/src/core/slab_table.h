@@ -34,14 +34,14 @@ struct Slab {
   uint32_t list_next = kNoIndex;  // of the slabs with free chunks
   uint32_t list_previous = kNoIndex;
   uint16_t free_chunks = 0;
-  uint8_t layer = 0;        // index in the chain, 0: the top
+  uint16_t layer = 0;       // index in the chain, oldest 0: so that a new top moves nothing
   SlabState state = SlabState::kVacant;
   uint8_t form : 2 = 0;     // SlabTable::Form
   uint8_t newest : 1 = 0;   // which copy serves
   uint8_t unequal : 1 = 0;  // the copies differ
   uint8_t unsettled : 2 = 0;  // page writes needed until no copy on the disk maps a chunk that is free here
   uint8_t ours : 1 = 0;     // the newest copy was written under the current epoch
-  uint8_t listed : 1 = 0;   // in the list of slabs with free chunks
+  uint8_t listed : 1 = 0;   // in the list of slabs with free chunks, while its layer is the top
   uint8_t holes : 1 = 0;    // has hole ranges
 };
 static_assert(sizeof(Slab) <= 64);

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "records.h"
+#include "slab_pairs.h"
 
 namespace holdfast {
 namespace {
@@ -10,35 +11,6 @@ namespace {
 using format::kPageSize;
 using format::SlabPage;
 using format::Superblock;
-
-constexpr uint32_t kPairsPerRead = 512;  // 4 MiB
-
-Status check_run(const Superblock& s, const SlabRun& run) {
-  if (run.first < s.slab_count && run.count <= s.slab_count - run.first) return {};
-  return {Code::kInvalidArgument, "slabs " + std::to_string(run.first) + " to " +
-                                      std::to_string(run.first + run.count - 1) + " are past the pool's " +
-                                      std::to_string(s.slab_count) + " slabs"};
-}
-
-// Reads the page pairs of a run, as many at once as lie side by side, and hands each to `visit`.
-template <typename Visit>
-Status for_each_pair(SyncDevice& device, const Superblock& s, const SlabRun& run, PageBuffer* buffer, Visit visit) {
-  uint64_t slab = run.first;
-  const uint64_t end = run.first + run.count;
-  while (slab < end) {
-    const uint64_t in_region = format::kSlabsPerRegion - slab % format::kSlabsPerRegion;
-    const uint64_t count = std::min({end - slab, in_region, uint64_t{kPairsPerRead}});
-    const uint64_t offset = slab_page_offset(s, slab);
-    if (Status status = device.read(offset, buffer->data(), count * format::kSlabPairSize); !status.ok()) return status;
-    for (uint64_t i = 0; i < count; i++) {
-      auto& a = buffer->at<SlabPage>(i * format::kSlabPairSize);
-      auto& b = buffer->at<SlabPage>(i * format::kSlabPairSize + kPageSize);
-      visit(slab + i, a, b, choose_slab(a, b, s.header.pool, offset + i * format::kSlabPairSize));
-    }
-    slab += count;
-  }
-  return {};
-}
 
 SlabOwner owner_of(uint64_t slab, const SlabPage& a, const SlabPage& b, const Copies& copies) {
   SlabOwner owner;

@@ -22,6 +22,7 @@ const char* code_name(Code code) {
     case Code::kStale: return "STALE";
     case Code::kLeaseExpired: return "LEASE_EXPIRED";
     case Code::kUnavailable: return "UNAVAILABLE";
+    case Code::kHoldExpired: return "HOLD_EXPIRED";
   }
   HF_ASSERT(!"a code without a name");
   return "";

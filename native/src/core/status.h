@@ -28,6 +28,7 @@ enum class Code {
   kStale,             // epoch, generation or term is not the newest
   kLeaseExpired,
   kUnavailable,       // try again later
+  kHoldExpired,       // writes were held for longer than agreed and go on; nothing was cut
 };
 
 const char* code_name(Code code);  // "INVALID_ARGUMENT", "IO", …

@@ -23,6 +23,7 @@ VolumeImpl::VolumeImpl(const VolumeEnvironment& environment, const VolumeSpec& s
   HF_ASSERT(usable_chunks_ >= 1 && usable_chunks_ <= format::kChunksPerSlab);
   stock_task_.run = stock_has_some;
   stock_task_.volume = this;
+  frozen_task_.volume = this;
 }
 
 void VolumeImpl::submit(VolumeRequest* request) {
@@ -107,6 +108,7 @@ void VolumeImpl::leave(RequestState* state) {
   active_--;
   const VolumeRequest& request = *state->request;
   if (state->changed) modified_++;
+  end_change(state);
   if (state->error == 0 && request.op == VolumeOp::kRead) counters_.read_bytes += request.length;
   if (state->error == 0 && request.op == VolumeOp::kWrite) counters_.written_bytes += request.length;
   drop_epoch(state);
@@ -126,6 +128,7 @@ void VolumeImpl::bump_epoch() {
 void VolumeImpl::advance_grace() {
   const uint32_t before = oldest_epoch_;
   while (oldest_epoch_ != epoch_ && epoch_counts_[oldest_epoch_ % kGraceRing] == 0) oldest_epoch_++;
+  if (forget_.waiting) forget_check();
   if (oldest_epoch_ != before && !reclaim_list_.empty() && state_ == State::kOpen) reclaim();
 }
 
@@ -157,7 +160,10 @@ void VolumeImpl::park(RequestState* state, Need need) {
   if (slab) {
     held_++;
     if (state->held_since == 0) state->held_since = state->home->now_ns();
-    if (state->outstanding == 0) drop_epoch(state);
+    if (state->outstanding == 0) {
+      drop_epoch(state);
+      end_change(state);
+    }
     settle_for_space();
     want_slab();
     arm_full_timer();

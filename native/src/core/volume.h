@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -50,6 +51,9 @@ struct LayerSpec {
   std::vector<SlabRun> slabs;
 };
 
+// How long a chain may be. The metadata service refuses the cut that would make it longer.
+inline constexpr uint32_t kMaxLayers = 1024;
+
 // What the metadata service grants. layers: newest (the writable top) first.
 struct VolumeSpec {
   uint64_t volume_id = 0;
@@ -63,6 +67,8 @@ struct VolumeSpec {
   bool read_only = false;
   std::string parameters_json;
   std::vector<LayerSpec> layers;
+  // Kept for a successor only: the top of a cut that may be under way. Whether it happened is the record's to say.
+  std::optional<LayerSpec> next_top;
 };
 
 // Slabs ahead, one stock per pool and node, shared by its volumes. Thread-safe.
@@ -84,6 +90,17 @@ class SlabStock {
   virtual void put_back(Slab slab) = 0;
   // The metadata service said: no slabs left. Cleared by the next add().
   virtual bool known_full() const = 0;
+};
+
+// What the cut writes into the record of the layer that freezes.
+struct SnapshotInfo {
+  std::string name;               // empty: none
+  uint64_t unix_ms = 0;
+};
+
+struct CutReport {
+  LayerSpec frozen;               // as it is now, with all its slabs
+  uint64_t held_ns = 0;           // how long writes waited
 };
 
 struct VolumeStats {
@@ -141,6 +158,20 @@ class Volume {
   // Control calls: from any executor thread; `done` runs on the caller's executor.
   using Done = std::function<void(Status)>;
   virtual void grow(uint64_t size_bytes, Done done) = 0;   // record durable before the new size is served
+  // Flushes, holds new writes and discards, drains, flushes again. They stay held until cut(), release() or, counted from
+  // when they are first held, `timeout_ns`. Reads and flushes go on. kHoldExpired: not drained and flushed in time.
+  virtual void hold(uint64_t timeout_ns, Done done) = 0;
+  // Lets held writes go on. Nothing held: no-op.
+  virtual void release(Done done) = 0;
+  // Freezes the top layer under `top`, whose parent it must be. The volume record that names `top` is the commit; before
+  // it writes go on in the old top when something fails, after it they go on in the new one. A commit whose outcome is
+  // not known is written again until it is: writes stay held meanwhile, whatever the time-out. Holds by itself, or takes
+  // over what hold() held; kHoldExpired when that is over, until release() or hold() is called. `top` on top already: success.
+  using CutDone = std::function<void(Result<CutReport>)>;
+  virtual void cut(const LayerSpec& top, const SnapshotInfo& snapshot, uint64_t timeout_ns, CutDone done) = 0;
+  // Takes slabs of frozen layers, which nothing resolves to any more, out of the map. `done` runs when no request is
+  // left that may know a place in them; they may be somebody else's then. Slabs that are not there are no error.
+  virtual void forget_slabs(const std::vector<SlabRun>& slabs, Done done) = 0;
   // Flush, make both copies of every page equal, write the record as closed (epoch kept), stop. No request may be
   // outstanding. After it only the destructor may be called.
   virtual void close(Done done) = 0;

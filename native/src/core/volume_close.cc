@@ -20,6 +20,7 @@ struct VolumeImpl::Finisher : Task {
 
 VolumeImpl::~VolumeImpl() {
   drop_full_timer();
+  drop_timers();
   for (Finisher* one : finishers_) delete one;
 }
 
@@ -60,9 +61,10 @@ void VolumeImpl::idle_check() {
 
 // ---- the volume record: the other copy first, durable, then this one; a torn write loses neither size nor epoch
 
-void VolumeImpl::write_record(void (*then)(VolumeImpl* self, int error)) {
+void VolumeImpl::write_record(void (*then)(VolumeImpl* self, int error), void (*half)(VolumeImpl* self)) {
   HF_ASSERT(record_then_ == nullptr);
   record_then_ = then;
+  record_half_ = half;
   record_stage_ = 0;
   record_.header.sequence++;
   start_background();
@@ -94,6 +96,7 @@ void VolumeImpl::record_step(int error) {
   if (record_stage_ == 0 && error == 0) {
     record_newest_ = 1 - record_newest_;
     record_stage_ = 1;
+    if (record_half_ != nullptr) record_half_(this);
     record_submit(static_cast<uint32_t>(1 - record_newest_));
     return unlock(lock);
   }
@@ -138,7 +141,7 @@ void VolumeImpl::grow(uint64_t size_bytes, Done done) {
     refusal = {Code::kInvalidArgument, name + " has " + std::to_string(size_bytes_) +
                                            " bytes; volumes never shrink, ask for at least that"};
   } else if (control_.kind != Control::Kind::kNone) {
-    refusal = {Code::kBusy, name + " is being grown or closed already; try again when that is done"};
+    refusal = {Code::kBusy, name + " is being grown, cut or closed already, or its writes are held; try again when that is done"};
   }
   if (!refusal.ok() || size_bytes == size_bytes_) {
     post_done(home, std::move(done), std::move(refusal));
@@ -159,7 +162,7 @@ void VolumeImpl::grow(uint64_t size_bytes, Done done) {
                                                "keeps its size. Check the pool's device and try again"});
     }
     self->size_bytes_ = self->control_.size_bytes;
-    self->layers_[0].map.resize((self->size_bytes_ + format::kChunkSize - 1) / format::kChunkSize);
+    self->top().map.resize((self->size_bytes_ + format::kChunkSize - 1) / format::kChunkSize);
     self->control_end({});
   });
   unlock(lock);
@@ -176,7 +179,7 @@ void VolumeImpl::close(Done done) {
   if (state_ != State::kOpen) {
     refusal = {Code::kUnavailable, name + " is not open (it was stopped, or is being closed)"};
   } else if (control_.kind != Control::Kind::kNone) {
-    refusal = {Code::kBusy, name + " is being grown or closed already; try again when that is done"};
+    refusal = {Code::kBusy, name + " is being grown, cut or closed already, or its writes are held; try again when that is done"};
   } else if (active_ > 0) {
     refusal = {Code::kBusy, name + " still has " + std::to_string(active_) +
                                 " requests under way; close it when they have ended"};
@@ -213,7 +216,7 @@ void VolumeImpl::close_flush() {
   }
   for (; control_.next_slab < slabs_.size(); control_.next_slab++) {
     const Slab& slab = slabs_[control_.next_slab];
-    if (slab.state != SlabState::kLive || slab.layer != 0 || (!slab.unequal && !slab.unsettled) || slab.ours) continue;
+    if (slab.state != SlabState::kLive || !in_top(slab) || (!slab.unequal && !slab.unsettled) || slab.ours) continue;
     HotSlab* image = ensure_hot(control_.next_slab);
     if (image == nullptr) break;
     mark_dirty(*image);
@@ -256,7 +259,7 @@ void VolumeImpl::close_equalise() {
   uint32_t used = 0;
   for (; control_.next_slab < slabs_.size() && used < kFlushDepth; control_.next_slab++) {
     Slab& slab = slabs_[control_.next_slab];
-    if (slab.state != SlabState::kLive || slab.layer != 0 || !slab.unequal) continue;
+    if (slab.state != SlabState::kLive || !in_top(slab) || !slab.unequal) continue;
     HF_ASSERT(slab.ours);
     auto& page = flush_pages_->at<SlabPage>(size_t{used} * kPageSize);
     ChunkSet limbo;
@@ -344,6 +347,10 @@ void VolumeImpl::abort(Done done) {
     if (control_.kind == Control::Kind::kClose && control_.step == 0) close_failed("it was stopped");
     fail_waiting(slot_waiters_, slot_waiters_tail_, EIO);
     fail_waiting(slab_waiters_, slab_waiters_tail_, EIO);
+    if (control_.kind == Control::Kind::kForget || waits_idly()) {
+      hold_end(stopped_status("it was stopped"));
+    }
+    fail_waiting(hold_waiters_, hold_waiters_tail_, EIO);
     if (stock_waiting_ && environment_.stock->cancel(&stock_task_)) stock_waiting_ = false;
     // Flushes that wait for one under way are answered when that has ended.
   }

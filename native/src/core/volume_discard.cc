@@ -4,6 +4,11 @@
 // mask in the chunk's entry, or, for whole chunks, by a hole range. A hole that replaces an entry goes into the very
 // page that holds the entry, as one image: so the hole can't be lost while the cleared entry is kept, nor the other way
 // round, whatever of the page writes survives. Within a layer data beats hole, so holes need never be taken out again.
+//
+// What a layer covers of what any older layer mentions (data, zeros or holes) never shrinks, on the disk either: an
+// older layer that is folded may have been stripped of those blocks already, and what lies below it would show through.
+// So a data bit that goes away leaves a zero bit or a hole in the same image, also where the older layers read as zeros
+// today. A hole that stands in another slab's page does not do: that page may not be durable yet.
 #include <algorithm>
 #include <cerrno>
 
@@ -28,8 +33,14 @@ void VolumeImpl::discard(RequestState* state, bool inside_submit) {
   if (state_ == State::kAborted && state->error == 0) state->error = EIO;
   if (state->error != 0) state->cursor = request.length;
   const auto end_chunk = static_cast<uint32_t>((end + kChunkSize - 1) / kChunkSize);
+  if (state->error == 0 && !begin_change(state)) {
+    park_held(state);
+    return unlock(lock);
+  }
+  const uint64_t batch = std::max<uint64_t>(64, kDiscardBatch * 4 / (3 + layers_.size()));
   for (uint64_t looked = 0; state->cursor < request.length; looked++) {
-    if (looked == kDiscardBatch) {
+    if (looked == batch) {
+      end_change(state);  // it may be held here: what it has done so far is no more than a crash might leave of it
       // Let others have the lock; go on in the executor's next turn.
       unlock(lock);
       state->run = run_request;
@@ -61,7 +72,7 @@ void VolumeImpl::discard(RequestState* state, bool inside_submit) {
 }
 
 VolumeImpl::Need VolumeImpl::discard_chunk(uint32_t chunk, uint16_t blocks) {
-  const Place place = layers_[0].map.find(chunk);
+  const Place place = top().map.find(chunk);
   return place != kNoPlace ? discard_mapped(chunk, blocks, place) : discard_hidden(chunk, blocks);
 }
 
@@ -70,19 +81,25 @@ VolumeImpl::Need VolumeImpl::discard_mapped(uint32_t chunk, uint16_t blocks, Pla
   const uint32_t index = place & 0xff;
   const SlabEntry entry = slabs_.entry(slab, index);
   HF_ASSERT(entry.logical_chunk == chunk);
-  const bool hole = layers_[0].holes.covers(chunk);
-  const uint16_t older = hole || layers_.size() == 1 ? uint16_t{0} : older_data(chunk);
   SlabEntry after = entry;
   after.data = static_cast<uint16_t>(entry.data & ~blocks);
-  after.zero = static_cast<uint16_t>(entry.zero | (blocks & older));
-  if (hole) after.zero = 0;
-  if (after.data == entry.data && after.zero == entry.zero) return Need::kNothing;
-  // If the chunk is all zeros now, a hole says so as well and gives the place back.
-  if (after.data == 0 && after.zero != 0 && (older & ~after.zero) == 0) {
-    const HoleResult result = add_hole(slab, chunk, index);
-    if (result == HoleResult::kNoSlot) return Need::kSlot;
-    if (result == HoleResult::kAdded) return Need::kNothing;
+  if (hole_in_page(slab, chunk)) {
+    after.zero = 0;
+  } else if (layers_.size() > 1) {
+    uint16_t mentioned = 0;
+    const bool hole = top().holes.covers(chunk);
+    const uint16_t older = older_data(chunk, &mentioned);
+    const uint16_t gone = static_cast<uint16_t>(blocks & ((hole ? 0 : older) | (entry.data & mentioned)));
+    after.zero = static_cast<uint16_t>(entry.zero | gone);
+    if (after.data == entry.data && after.zero == entry.zero) return Need::kNothing;
+    // If the chunk is all zeros now, a hole says so as well and gives the place back.
+    if (after.data == 0 && after.zero != 0 && (hole || (older & ~after.zero) == 0)) {
+      const HoleResult result = add_hole(slab, chunk, index);
+      if (result == HoleResult::kNoSlot) return Need::kSlot;
+      if (result == HoleResult::kAdded) return Need::kNothing;
+    }
   }
+  if (after.data == entry.data && after.zero == entry.zero) return Need::kNothing;
   HotSlab* image = ensure_hot(slab);
   if (image == nullptr) return Need::kSlot;
   set_entry(slab, index, after);
@@ -92,24 +109,24 @@ VolumeImpl::Need VolumeImpl::discard_mapped(uint32_t chunk, uint16_t blocks, Pla
 
 // The top layer says nothing about the chunk; an older layer may.
 VolumeImpl::Need VolumeImpl::discard_hidden(uint32_t chunk, uint16_t blocks) {
-  if (layers_.size() == 1 || layers_[0].holes.covers(chunk)) return Need::kNothing;
+  if (layers_.size() == 1 || top().holes.covers(chunk)) return Need::kNothing;
   const uint16_t older = older_data(chunk);
   const auto zero = static_cast<uint16_t>(older & blocks);
   if (zero == 0) return Need::kNothing;
   if (zero == older) {
     // Any page of the layer will do: there is no entry that the hole would have to go with.
-    const uint32_t count = slabs_.size();
-    for (uint32_t i = 0, tried = 0; i < count && tried < 8; i++) {
-      const uint32_t slab = (hole_slab_ + i) % count;
-      const Slab& one = slabs_[slab];
-      if (one.state != SlabState::kLive || one.layer != 0) continue;
-      tried++;
+    for (uint32_t tried = 0; tried < 8 && !top_list_.empty(); tried++) {
+      if (hole_slab_ >= top_list_.size()) hole_slab_ = 0;
+      const uint32_t slab = top_list_[hole_slab_];
+      if (slabs_[slab].state != SlabState::kLive || !in_top(slabs_[slab])) {
+        top_list_[hole_slab_] = top_list_.back();
+        top_list_.pop_back();
+        continue;
+      }
       const HoleResult result = add_hole(slab, chunk, kNoIndex);
       if (result == HoleResult::kNoSlot) return Need::kSlot;
-      if (result == HoleResult::kAdded) {
-        hole_slab_ = slab;
-        return Need::kNothing;
-      }
+      if (result == HoleResult::kAdded) return Need::kNothing;
+      hole_slab_++;
     }
   }
   Place place = kNoPlace;
@@ -120,7 +137,15 @@ VolumeImpl::Need VolumeImpl::discard_hidden(uint32_t chunk, uint16_t blocks) {
   return Need::kNothing;
 }
 
-// Adds the chunk to the holes in the slab's page and, with `clear_index`, empties that entry in the same image.
+bool VolumeImpl::hole_in_page(uint32_t slab, uint32_t chunk) const {
+  if (!slabs_[slab].holes) return false;
+  const std::vector<HoleRange>& holes = slab_holes_.at(slab);
+  auto after = std::upper_bound(holes.begin(), holes.end(), chunk,
+                                [](uint32_t value, const HoleRange& range) { return value < range.start; });
+  return after != holes.begin() && chunk - std::prev(after)->start < std::prev(after)->length;
+}
+
+// Adds the chunk, which is not there yet, to the holes in the slab's page and, with `clear_index`, empties that entry in the same image.
 VolumeImpl::HoleResult VolumeImpl::add_hole(uint32_t slab, uint32_t chunk, uint32_t clear_index) {
   const HotSlab* ready = ensure_hot(slab);
   if (ready == nullptr) return HoleResult::kNoSlot;
@@ -159,7 +184,7 @@ VolumeImpl::HoleResult VolumeImpl::add_hole(uint32_t slab, uint32_t chunk, uint3
     return HoleResult::kNoSlot;
   }
   image.slot = slot;
-  layers_[0].holes.add(chunk, uint64_t{chunk} + 1);
+  top().holes.add(chunk, uint64_t{chunk} + 1);
   if (clear_index != kNoIndex) set_entry(slab, clear_index, {chunk, 0, 0});
   mark_dirty(image);
   return HoleResult::kAdded;

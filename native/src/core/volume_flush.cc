@@ -4,8 +4,10 @@
 //   copy → device flush
 //
 // The first device flush makes the data durable before a page says that it is there; the second makes the pages
-// durable before anything rests on them. Only then does the newer copy count as the newest: a page write of unknown
-// outcome (an error, or a failed second flush) is retried to the same copy, so the other one always serves. With more
+// durable before anything rests on them. Only then does the newer copy count as the newest. A page write of unknown
+// outcome (an error, or a failed second flush) is retried to the same copy, so the other one always serves. If that copy
+// turns out to be whole, others may have read it (layer_jobs.cc): it is written once more as it is, which can't tear it,
+// and counts from then on; what is new goes to the other one. With more
 // changed pages than fit the buffer it goes round by round, each with a device flush between freezing and writing.
 //
 // One flush at a time; who comes meanwhile shares the next. A flush with nothing completed since the last successful
@@ -28,12 +30,12 @@ using format::SlabPage;
 
 HotSlab* VolumeImpl::ensure_hot(uint32_t index) {
   Slab& slab = slabs_[index];
-  HF_ASSERT(slab.state == SlabState::kLive && slab.layer == 0);
+  HF_ASSERT(slab.state == SlabState::kLive && in_top(slab));
   if (slab.hot != kNoIndex && hot(slab.hot).slot != PageArena::kNone) return &hot(slab.hot);
   slabs_.plain(index);
   auto& page = scratch_page_->at<SlabPage>();
   fill_page(index, &page, nullptr);
-  const uint32_t slot = arena_->publish(slab.number, slab.generation, layers_[0].id, page);
+  const uint32_t slot = arena_->publish(slab.number, slab.generation, top().id, page);
   if (arena_->free_slots() < arena_->slot_count() / 8) want_flush();
   if (slot == PageArena::kNone) return nullptr;
   if (slab.hot == kNoIndex) {
@@ -145,10 +147,10 @@ void VolumeImpl::reclaim() {
       if (!one.limbo_both.has(c)) continue;
       const SlabEntry entry = slabs_.entry(index, c);
       HF_ASSERT(entry.logical_chunk != kNoChunk && (entry.data | entry.zero) == 0);
-      layers_[0].map.erase(entry.logical_chunk);
+      top().map.erase(entry.logical_chunk);
       set_entry(index, c, kFreeEntry);
       slab.free_chunks++;
-      if (slab.listed) free_total_++;
+      if (listed(slab)) free_total_++;
       freed = true;
     }
     one.limbo_both.clear();
@@ -168,7 +170,7 @@ void VolumeImpl::request_flush(FlushWaiter* waiter) {
   FlushWaiter** tail = &flush_next_;
   while (*tail != nullptr) tail = &(*tail)->next_waiter;
   *tail = waiter;
-  if (!flush_running_) start_flush();
+  if (!flush_running_ && !quiet()) start_flush();
 }
 
 void VolumeImpl::finish_waiters(FlushWaiter* list, int error) {
@@ -196,6 +198,7 @@ void VolumeImpl::request_flush_done(FlushWaiter* waiter, int error) {
 
 void VolumeImpl::want_flush() {
   if (flush_running_) flush_wanted_ = true;
+  else if (quiet()) return;
   else if (!dirty_.empty() && (state_ == State::kOpen || state_ == State::kClosing)) start_flush();
 }
 
@@ -212,6 +215,7 @@ void VolumeImpl::start_flush() {
   flush_waiters_ = flush_next_;
   flush_next_ = nullptr;
   flush_error_ = 0;
+  flush_next_write_ = 0;
   flush_queue_.swap(dirty_);
   const auto wanted = static_cast<uint32_t>(std::min<size_t>(flush_queue_.size(), kFlushPagesMax));
   if (wanted > flush_capacity_) {
@@ -279,26 +283,86 @@ void VolumeImpl::flush_write_more() {
   for (PageIo& io : flush_io_) {
     if (flush_next_write_ == flush_frozen_.size() || flush_error_ != 0) break;
     if (io.tag != kNoIndex) continue;
-    const HotSlab& one = hot(flush_frozen_[flush_next_write_]);
-    const Slab& slab = slabs_[one.slab];
-    const uint32_t in_buffer = flush_next_write_ - flush_round_first_;
-    const uint64_t address = page_offset(slab.number, 1u - slab.newest);
-    auto& page = flush_pages_->at<SlabPage>(size_t{in_buffer} * kPageSize);
-    seal(page, environment_.pool, address, one.frozen_sequence);
     io.tag = flush_next_write_++;
     io.volume = this;
-    io.iov = {&page, kPageSize};
-    io.io.op = IoOp::kWrite;
-    io.io.fua = false;
-    io.io.offset = address;
-    io.io.length = kPageSize;
     io.io.iov = &io.iov;
     io.io.iov_count = 1;
     io.io.user = &io;
-    io.io.done = flush_page_io;
+    io.io.length = kPageSize;
+    io.io.fua = false;
     flush_outstanding_++;
+    const HotSlab& one = hot(flush_frozen_[io.tag]);
+    if (!one.uncertain) {
+      flush_submit_page(io);
+      continue;
+    }
+    if (flush_found_ == nullptr) flush_found_ = std::make_unique<PageBuffer>(size_t{kFlushDepth} * kPageSize);
+    const Slab& slab = slabs_[one.slab];
+    io.iov = {&flush_found_->at<SlabPage>(static_cast<size_t>(&io - flush_io_.data()) * kPageSize), kPageSize};
+    io.io.op = IoOp::kRead;
+    io.io.offset = page_offset(slab.number, 1u - slab.newest);
+    io.io.done = [](IoRequest* request, int error) {
+      auto* page_io = static_cast<PageIo*>(request->user);
+      page_io->volume->flush_looked(*page_io, error);
+    };
     device_.submit(&io.io);
   }
+}
+
+void VolumeImpl::flush_submit_page(PageIo& io) {
+  const HotSlab& one = hot(flush_frozen_[io.tag]);
+  const Slab& slab = slabs_[one.slab];
+  const uint64_t address = page_offset(slab.number, 1u - slab.newest);
+  auto& page = flush_pages_->at<SlabPage>(size_t{io.tag - flush_round_first_} * kPageSize);
+  seal(page, environment_.pool, address, one.frozen_sequence);
+  io.iov = {&page, kPageSize};
+  io.io.op = IoOp::kWrite;
+  io.io.fua = false;
+  io.io.offset = address;
+  io.io.done = flush_page_io;
+  device_.submit(&io.io);
+}
+
+// What a failed write, or one that no barrier followed, left.
+void VolumeImpl::flush_looked(PageIo& io, int error) {
+  std::unique_lock lock(mu_);
+  if (error != 0 || state_ == State::kAborted) {
+    lock.unlock();
+    return flush_page_io(&io.io, EIO);
+  }
+  HotSlab& one = hot(flush_frozen_[io.tag]);
+  const Slab& slab = slabs_[one.slab];
+  const auto& page = *static_cast<const SlabPage*>(io.iov.iov_base);
+  if (verify(page, environment_.pool, io.io.offset) == PageState::kOk && page.layer_id == layers_[slab.layer].id &&
+      page.generation == slab.generation && page.header.sequence > slab.sequence) {
+    io.io.op = IoOp::kWrite;
+    io.io.fua = true;
+    io.io.done = [](IoRequest* request, int failed) {
+      auto* page_io = static_cast<PageIo*>(request->user);
+      page_io->volume->flush_kept(*page_io, failed);
+    };
+    device_.submit(&io.io);
+  } else {
+    one.uncertain = false;
+    flush_submit_page(io);
+  }
+  unlock(lock);
+}
+
+void VolumeImpl::flush_kept(PageIo& io, int error) {
+  std::unique_lock lock(mu_);
+  if (error != 0 || state_ == State::kAborted) {
+    lock.unlock();
+    return flush_page_io(&io.io, EIO);
+  }
+  HotSlab& one = hot(flush_frozen_[io.tag]);
+  Slab& slab = slabs_[one.slab];
+  one.uncertain = false;
+  slab.newest ^= 1;
+  slab.sequence = static_cast<const SlabPage*>(io.iov.iov_base)->header.sequence;
+  slab.unequal = 1;
+  flush_submit_page(io);
+  unlock(lock);
 }
 
 void VolumeImpl::flush_page_io(IoRequest* io, int error) {
@@ -366,10 +430,12 @@ void VolumeImpl::flush_finish(int error) {
     if (slab_waiters_ != nullptr) settle_for_space();
     if (slab_waiters_ != nullptr && list_head_ != kNoIndex) wake(slab_waiters_, slab_waiters_tail_);
   } else {
-    for (uint32_t at : flush_frozen_) {
-      HotSlab& one = hot(at);
+    for (size_t i = 0; i < flush_frozen_.size(); i++) {
+      HotSlab& one = hot(flush_frozen_[i]);
       one.flushing = false;
       one.frozen_limbo.clear();
+      // Every page that was handed to the device: also one whose write was answered well, for no barrier followed it.
+      one.uncertain = one.uncertain || i < flush_next_write_;
       mark_dirty(one);
     }
     flush_frozen_.clear();
@@ -397,6 +463,7 @@ void VolumeImpl::flush_finish(int error) {
   // Who waits for a slot goes on only when pages become clean, and those with chunks in limbo take a second write.
   const bool again = (flush_wanted_ || slot_waiters_ != nullptr) && error == 0 && !dirty_.empty();
   flush_wanted_ = false;
+  HF_ASSERT(!quiet());
   if (serving && (flush_next_ != nullptr || again)) start_flush();
   end_background();
 }

@@ -7,6 +7,9 @@
 //   volume_discard.cc   clearing bits, zero masks and hole ranges
 //   volume_flush.cc     making the map durable, and the reuse of freed chunks that hangs on it
 //   volume_slabs.cc     claiming slabs, giving them back, waiting for them
+//   volume_hold.cc      holding new writes until the map is durable and stands still
+//   volume_cut.cc       the cut: records, commit, a new top
+//   volume_frozen.cc    what is left to do for a layer that has just been frozen; forgetting slabs
 //   volume_close.cc     grow, close, abort
 //
 // Threads: everything below is guarded by mu_, which is held for lookups and bit changes only, never across I/O or a
@@ -75,7 +78,7 @@ struct FlushWaiter : Task {
 // Lives in VolumeRequest::scratch.
 struct RequestState : Task {
   static constexpr uint32_t kExtents = 4;
-  enum class Wait : uint8_t { kNone, kSlot, kSlab, kPosted };  // kPosted: woken, its task has not run yet
+  enum class Wait : uint8_t { kNone, kSlot, kSlab, kHold, kPosted };  // kPosted: woken, its task has not run yet
 
   VolumeRequest* request = nullptr;
   VolumeImpl* volume = nullptr;
@@ -89,6 +92,7 @@ struct RequestState : Task {
   Wait wait = Wait::kNone;
   bool in_epoch = false;      // counted in its grace period
   bool changed = false;       // a write or discard that may have touched anything
+  bool changing = false;      // counted in changing_
   FlushWaiter flush;
   Extent extents[kExtents];
 };
@@ -116,6 +120,7 @@ struct HotSlab {
   bool queued = false;          // in dirty_
   bool flushing = false;        // frozen; the page write has not yet been made durable
   bool reclaim_listed = false;
+  bool uncertain = false;       // a page write failed: the copy it went to may be whole all the same
   uint32_t frozen_epoch = 0;
   uint32_t reclaim_epoch = 0;   // limbo_both is free once every request of this epoch and before has ended
   uint64_t frozen_sequence = 0;
@@ -131,6 +136,10 @@ class VolumeImpl final : public Volume {
 
   void submit(VolumeRequest* request) override;
   void grow(uint64_t size_bytes, Done done) override;
+  void hold(uint64_t timeout_ns, Done done) override;
+  void release(Done done) override;
+  void cut(const LayerSpec& top, const SnapshotInfo& snapshot, uint64_t timeout_ns, CutDone done) override;
+  void forget_slabs(const std::vector<SlabRun>& slabs, Done done) override;
   void close(Done done) override;
   void abort(Done done) override;
   VolumeStats stats() const override;
@@ -162,6 +171,11 @@ class VolumeImpl final : public Volume {
   };
 
   // ---- volume.cc
+  Layer& top() { return layers_.back(); }
+  const Layer& top() const { return layers_.back(); }
+  bool in_top(const Slab& slab) const { return slab.layer + size_t{1} == layers_.size(); }
+  // In the list of slabs with free chunks: those of a layer that was the top once only seem to be.
+  bool listed(const Slab& slab) const { return slab.listed && in_top(slab); }
   uint64_t data_offset(uint32_t slab, uint32_t chunk) const {
     return format::slab_data_offset(first_region_, slabs_[slab].number) + uint64_t{chunk} * format::kChunkSize;
   }
@@ -209,7 +223,8 @@ class VolumeImpl final : public Volume {
     Place place = kNoPlace;
   };
   LayerView view(const Layer& layer, uint32_t chunk) const;
-  uint16_t older_data(uint32_t chunk) const;  // blocks that show data when the top layer says nothing
+  // Below the top: blocks that show data when the top says nothing, and blocks that any layer says anything about.
+  uint16_t older_data(uint32_t chunk, uint16_t* mentioned = nullptr) const;
 
   // ---- volume_write.cc
   void write(RequestState* state, bool inside_submit);
@@ -228,6 +243,7 @@ class VolumeImpl final : public Volume {
   Need discard_mapped(uint32_t chunk, uint16_t blocks, Place place);            // locked
   Need discard_hidden(uint32_t chunk, uint16_t blocks);                         // locked
   enum class HoleResult : uint8_t { kAdded, kNoRoom, kNoSlot };
+  bool hole_in_page(uint32_t slab, uint32_t chunk) const;                       // locked
   HoleResult add_hole(uint32_t slab, uint32_t chunk, uint32_t clear_index);     // locked
 
   // ---- volume_flush.cc
@@ -247,6 +263,9 @@ class VolumeImpl final : public Volume {
   void flush_submit_barrier();
   void flush_barrier_done(int error);
   void flush_write_more();
+  void flush_submit_page(PageIo& io);  // locked
+  void flush_looked(PageIo& io, int error);
+  void flush_kept(PageIo& io, int error);
   void flush_page_done(int error);
   void flush_finish(int error);
   static void finish_waiters(FlushWaiter* list, int error);
@@ -274,6 +293,7 @@ class VolumeImpl final : public Volume {
     PageIo io;
     std::unique_ptr<PageBuffer> page;
   };
+  void add_to_top(uint32_t slab);  // locked: a live slab that the top layer has gained
   void list_slab(uint32_t slab);
   void unlist_slab(uint32_t slab);
   uint32_t usable_free(const Slab& slab) const { return slab.free_chunks - (format::kChunksPerSlab - usable_chunks_); }
@@ -298,7 +318,7 @@ class VolumeImpl final : public Volume {
 
   // ---- volume_close.cc
   struct Control {
-    enum class Kind : uint8_t { kNone, kGrow, kClose };
+    enum class Kind : uint8_t { kNone, kGrow, kClose, kHold, kCut, kForget };
     Kind kind = Kind::kNone;
     uint32_t step = 0;
     Executor* home = nullptr;
@@ -311,7 +331,8 @@ class VolumeImpl final : public Volume {
     FlushWaiter flush;
   };
   struct Finisher;
-  void write_record(void (*then)(VolumeImpl* self, int error));  // locked, and so is `then`
+  // Locked, and so are both calls back. `half`: one copy is durable, so the record counts.
+  void write_record(void (*then)(VolumeImpl* self, int error), void (*half)(VolumeImpl* self) = nullptr);
   void record_submit(uint32_t copy);
   void record_step(int error);
   void control_end(Status status);
@@ -324,6 +345,101 @@ class VolumeImpl final : public Volume {
   void post_done(Executor* home, Done done, Status status);  // locked: sent when the lock is released
   static void send_finishers(const std::vector<Finisher*>& finishers);
 
+  // ---- volume_hold.cc
+  enum class HoldStage : uint8_t {
+    kNone,
+    kFlush,        // writes go on
+    kDrain,        // from here on new ones are held
+    kFlushHeld,
+    kHeld,         // everything durable, nothing moves: quiet()
+    kRecords,      // the cut's layer records are being written
+    kCommit,       // the volume record: of unknown outcome until it is durable
+    kRetry,        // waiting to write it again
+    kFrozen,       // cut: writes go on in the new top
+  };
+  struct TimerLink;
+  struct HoldTimer;
+  bool begin_change(RequestState* state);  // locked; false: it has to wait
+  void end_change(RequestState* state);    // locked: it knows no place and will set no bit any more
+  void park_held(RequestState* state);     // locked
+  bool quiet() const { return stage_ >= HoldStage::kHeld && stage_ <= HoldStage::kRetry; }
+  bool can_hold(const char* what, Status* refusal) const;
+  void hold_begin(uint64_t timeout_ns);    // locked
+  void hold_flush();                       // locked
+  void hold_flushed(int error);
+  void hold_drained();                     // locked: whenever it may have become true
+  void hold_end(Status status);            // locked: writes go on, the control call is over
+  void resume_writes();                    // locked
+  void set_timer(uint64_t after_ns);       // locked; the one before is void
+  void timer_fired(uint64_t number);
+  void drop_timers();
+  bool waits_idly() const {                // for a timer, a drain or the next call: nothing else would end it
+    return stage_ == HoldStage::kDrain || (stage_ == HoldStage::kHeld && control_.kind == Control::Kind::kHold) ||
+           stage_ == HoldStage::kRetry;
+  }
+  Status stopped_status(const char* what) const;
+
+  // ---- volume_cut.cc
+  struct Cut {
+    LayerSpec top;
+    SnapshotInfo snapshot;
+    CutReport report;
+    CutDone done;
+    uint64_t timeout_ns = 0;
+    uint64_t retry_ns = 0;       // before the next try of the commit
+    bool told = false;           // that it is being tried again
+    uint16_t layer = 0;          // the one that freezes, or is frozen
+    uint32_t slot = 0;           // its record's
+    uint32_t step = 0;
+    uint32_t outstanding = 0;
+    int error = 0;
+    bool repeated = false;       // it happened before
+    bool waits_release = false;  // for empty slabs to be back
+    // volume_frozen.cc
+    uint32_t cursor = 0;
+    bool settled = true;         // every page's copies are equal, as far as known
+    std::unique_ptr<PageBuffer> pages;
+    std::array<PageIo, 8> io;
+    std::vector<SlabRun> slabs;
+  };
+  uint64_t layer_address(uint32_t slot) const {
+    return environment_.superblock->layer_table_offset + uint64_t{slot} * 2 * format::kPageSize;
+  }
+  void cut_io(uint32_t io, IoOp op, uint64_t offset, size_t at, size_t length, void (*done)(IoRequest*, int));
+  Status cut_refusal(const LayerSpec& top, const SnapshotInfo& snapshot) const;  // locked
+  void cut_read();               // locked
+  void cut_have_records(int error);
+  Status cut_prepare();          // locked
+  void cut_write_records();      // locked
+  void cut_record_written(int error);
+  void cut_commit();             // locked
+  void cut_committed();          // locked: one copy of the record is durable
+  void cut_end(Status status);   // locked
+
+  // ---- volume_frozen.cc
+  enum FrozenStep : uint32_t { kRetire, kRelease, kEqualise, kBarrier, kRecordRead, kRecordWrite, kReport };
+  struct FrozenTask : Task {
+    VolumeImpl* volume = nullptr;
+  };
+  void frozen_begin();           // locked
+  void frozen_post();            // locked: the next batch
+  void frozen_step();            // locked
+  bool retire_some();            // locked: images and limbo of the frozen layer; false: more to do
+  void retire(uint32_t hot_index);
+  bool release_some();
+  bool equalise_some();
+  void equalise_read(PageIo& io, int error);
+  void equalise_written(PageIo& io, int error);
+  bool report_some();
+  void frozen_record(uint32_t copy);
+  void frozen_io_done(int error);
+  struct Forget {
+    uint32_t epoch = 0;
+    bool waiting = false;
+  };
+  void forget(uint32_t slab);    // locked
+  void forget_check();           // locked
+
   const VolumeEnvironment environment_;
   VolumeSpec spec_;
   BlockDevice& device_;
@@ -335,7 +451,7 @@ class VolumeImpl final : public Volume {
   State state_ = State::kOpening;
   uint64_t size_bytes_ = 0;
   bool read_only_ = false;
-  std::vector<Layer> layers_;  // newest first; [0] is the writable top
+  std::vector<Layer> layers_;  // oldest first; the last one is the writable top
   SlabTable slabs_;
   std::unordered_map<uint32_t, std::vector<format::HoleRange>> slab_holes_;
   uint64_t flush_number_ = 0;
@@ -351,6 +467,23 @@ class VolumeImpl final : public Volume {
   RequestState* slab_waiters_ = nullptr;
   RequestState* slab_waiters_tail_ = nullptr;
   uint64_t held_ = 0;
+
+  // Holding writes, and cutting.
+  HoldStage stage_ = HoldStage::kNone;
+  bool holding_ = false;     // writes and discards that have not begun wait
+  bool hold_expired_ = false;  // the time-out came; whoever is under way sees it
+  bool hold_lost_ = false;   // hold() had succeeded, and its time is over
+  uint64_t changing_ = 0;    // writes and discards that may know a place or will set bits
+  RequestState* hold_waiters_ = nullptr;
+  RequestState* hold_waiters_tail_ = nullptr;
+  uint64_t hold_timeout_ns_ = 0;
+  uint64_t hold_since_ = 0;  // ns
+  uint64_t held_ns_ = 0;
+  uint64_t timer_number_ = 0;
+  std::shared_ptr<TimerLink> timer_link_;
+  std::unique_ptr<Cut> cut_;
+  FrozenTask frozen_task_;
+  Forget forget_;
   std::array<uint32_t, kGraceRing> epoch_counts_{};
   uint32_t epoch_ = 1;
   uint32_t oldest_epoch_ = 1;
@@ -384,6 +517,7 @@ class VolumeImpl final : public Volume {
   bool flush_final_ = false;
   int flush_error_ = 0;
   std::unique_ptr<PageBuffer> flush_pages_;
+  std::unique_ptr<PageBuffer> flush_found_;  // what stands where a page write failed
   uint32_t flush_capacity_ = 0;
   PageIo flush_barrier_;
   std::array<PageIo, kFlushDepth> flush_io_;
@@ -394,7 +528,9 @@ class VolumeImpl final : public Volume {
   uint32_t current_cursor_ = 0;
   uint64_t free_total_ = 0;        // chunks that can be given out at once
   uint64_t top_slabs_ = 0;
-  uint32_t hole_slab_ = 0;         // where the last hole found room
+  // Slabs of the top layer, for holes; may name some that no longer are, or one twice.
+  std::vector<uint32_t> top_list_;
+  uint32_t hole_slab_ = 0;         // in top_list_: where the last hole found room
   uint32_t unsettled_ = 0;
   uint32_t unsettled_cursor_ = 0;
   std::vector<Unclaimed> unclaimed_;  // granted or taken, but not claimed
@@ -415,6 +551,7 @@ class VolumeImpl final : public Volume {
   std::unique_ptr<PageBuffer> record_page_;
   uint32_t record_stage_ = 0;
   void (*record_then_)(VolumeImpl* self, int error) = nullptr;
+  void (*record_half_)(VolumeImpl* self) = nullptr;
   VolumeOpener* opener_ = nullptr;  // while it is being opened
   struct AbortWaiter {
     Executor* home;

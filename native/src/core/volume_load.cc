@@ -22,8 +22,9 @@ void VolumeOpener::plan_reads() {
   for (uint32_t i = 0; arena != nullptr && i < arena->claim_count(); i++) {
     const PageArena::Claim claim = arena->claim(i);
     if (claim.state == PageArena::ClaimState::kFree) continue;
+    // What was not claimed to the end is as good for the top that is now as for the one that was then.
     Granted one{claim.slab, claim.generation, 0, i, claim.state == PageArena::ClaimState::kClaiming};
-    for (uint32_t l = 0; l < spec_.layers.size(); l++) {
+    for (uint32_t l = 0; l < spec_.layers.size() && !one.claiming; l++) {
       if (spec_.layers[l].layer_id == claim.layer_id) one.layer = l;
     }
     if (claim.state == PageArena::ClaimState::kReturned) {
@@ -61,7 +62,7 @@ void VolumeOpener::plan_reads() {
   }
   std::vector<uint64_t> mapped(volume_->layers_.size());
   for (const Granted& one : granted_) mapped[one.layer] += kChunksPerSlab;
-  for (size_t l = 0; l < mapped.size(); l++) volume_->layers_[l].map.expect(mapped[l]);
+  for (uint32_t l = 0; l < mapped.size(); l++) layer_of(l).map.expect(mapped[l]);
   if (arena != nullptr) {
     volume_->flush_number_ = std::max(volume_->flush_number_, arena->flush_number());
     for (const PageArena::Image& image : arena->images()) images_[image.slab] = image;
@@ -128,7 +129,9 @@ void VolumeOpener::have_pair(const Granted& granted, const SlabPage& a, const Sl
   const Copies copies = choose_slab(a, b, environment_.pool, address);
   const std::string slab_name = "slab " + std::to_string(granted.slab);
   const auto image = images_.find(granted.slab);
-  const bool has_image = image != images_.end() && image->second.generation == granted.generation;
+  // A cut is committed only when its layer's pages are durable: an image of a layer below the top has nothing to add.
+  const bool has_image =
+      granted.layer == 0 && image != images_.end() && image->second.generation == granted.generation;
   // The arena says that the claim was never completed: whatever its pages look like, there is no data yet.
   if (granted.claiming && !copies.valid() && !has_image) return keep_unclaimed(granted);
   if (copies.bad() && !has_image) {
@@ -151,12 +154,14 @@ void VolumeOpener::have_pair(const Granted& granted, const SlabPage& a, const Sl
     if (!has_image) return keep_unclaimed(granted);
     return fail(Code::kCorrupt, slab_name + " has changes in memory but no valid page on the disk");
   }
+  if (granted.claiming && !has_image && empty(*newest)) return keep_unclaimed(granted);
   if (newest->layer_id != layer.layer_id) {
     return fail(Code::kCorrupt, slab_name + " is granted as layer " + std::to_string(layer.layer_id) +
                                     "'s, but its page names layer " + std::to_string(newest->layer_id) +
                                     ". Run `holdfast pool check`");
   }
-  if (!spec_.read_only && newest->epoch > spec_.epoch) {
+  // Layers that came from another volume have that volume's epochs.
+  if (!spec_.read_only && newest->volume_id == spec_.volume_id && newest->epoch > spec_.epoch) {
     return fail(Code::kStale, slab_name + " was written under epoch " + std::to_string(newest->epoch) +
                                   ", newer than the grant's " + std::to_string(spec_.epoch));
   }
@@ -231,7 +236,7 @@ void VolumeOpener::load(const Granted& granted, const SlabPage& disk, const Copi
   Slab& slab = volume.slabs_[index];
   slab.number = granted.slab;
   slab.generation = granted.generation;
-  slab.layer = static_cast<uint8_t>(granted.layer);
+  slab.layer = static_cast<uint16_t>(spec_layers_ - 1 - granted.layer);
   slab.claim = granted.claim;
   slab.newest = static_cast<uint8_t>(copies.newest) & 1;
   slab.sequence = disk.header.sequence;
@@ -240,8 +245,8 @@ void VolumeOpener::load(const Granted& granted, const SlabPage& disk, const Copi
   if (older != nullptr) volume.flush_number_ = std::max(volume.flush_number_, older->header.sequence);
   volume.slabs_.load(index, page.entries);
 
-  if (granted.layer == 0) volume.top_slabs_++;
-  VolumeImpl::Layer& layer = volume.layers_[granted.layer];
+  if (granted.layer == 0) volume.add_to_top(index);
+  VolumeImpl::Layer& layer = layer_of(granted.layer);
   for (const SlabEntry& entry : page.entries) layer.map.prefetch(entry.logical_chunk);
   uint32_t run_first = kNoChunk;
   uint32_t run_place = 0;
@@ -378,7 +383,7 @@ std::string VolumeOpener::bad_slabs_text() const {
       high = mapped;
       c = mapped;
     }
-    while (c < chunks && volume_->layers_[0].map.find(c) != kNoPlace) c++;
+    while (c < chunks && volume_->top().map.find(c) != kNoPlace) c++;
     if (c < chunks && mapped == c) c++;  // mapped by an older layer only
   }
   text += " are damaged";
@@ -395,7 +400,7 @@ bool VolumeOpener::settle_twice() {
   for (const Twice& twice : twice_) {
     VolumeImpl& volume = *volume_;
     // Who has it by now: there may have been more than two.
-    auto& map = volume.layers_[twice.layer].map;
+    auto& map = layer_of(twice.layer).map;
     const uint32_t holder = map.find(twice.chunk) >> 8;
     const Slab& a = volume.slabs_[holder];
     const Slab& b = volume.slabs_[twice.slab];
@@ -422,7 +427,7 @@ bool VolumeOpener::settle_twice() {
     map.set(twice.chunk, winner << 8 | winner_at);
     // The chunk is free once both copies have lost it: as after any other crash.
     Slab& slab = volume.slabs_[loser];
-    if (slab.listed) volume.unlist_slab(loser);
+    if (volume.listed(slab)) volume.unlist_slab(loser);
     slab.free_chunks++;
     if (slab.unsettled == 0) volume.unsettled_++;
     slab.unsettled = 2;

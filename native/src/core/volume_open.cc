@@ -40,8 +40,11 @@ void VolumeOpener::end(Status status) {
 // ---- the grant
 
 std::string VolumeOpener::bad_spec() const {
-  if (spec_.volume_id == 0 || spec_.layers.empty() || spec_.layers.size() > 250)
-    return "the grant names no usable chain of layers";
+  if (spec_.volume_id == 0 || spec_.layers.empty()) return "the grant names no usable chain of layers";
+  if (spec_.layers.size() > kMaxLayers) {
+    return "its chain has " + std::to_string(spec_.layers.size()) + " layers, more than the " +
+           std::to_string(kMaxLayers) + " that can be opened; delete snapshots";
+  }
   if (spec_.size_bytes == 0 || spec_.size_bytes % format::kBlockSize != 0 ||
       spec_.size_bytes > format::kMaxVolumeBytes) {
     return "its size of " + std::to_string(spec_.size_bytes) + " bytes is outside what the format allows";
@@ -49,6 +52,10 @@ std::string VolumeOpener::bad_spec() const {
   if (spec_.slot >= superblock_.volume_slots) return "its record slot lies outside the pool's table";
   for (const LayerSpec& layer : spec_.layers) {
     if (layer.layer_id == 0) return "the grant has a layer without an id";
+    if (&layer != &spec_.layers[0] && layer.birth >= (&layer - 1)->birth) {
+      return "the grant has layer " + std::to_string(layer.layer_id) + " below layer " +
+             std::to_string((&layer - 1)->layer_id) + ", which is not newer";
+    }
     for (const SlabRun& run : layer.slabs) {
       if (run.count == 0 || run.first + run.count > superblock_.slab_count) {
         return "the grant has slabs outside the pool (" + std::to_string(run.first) + " and on)";
@@ -75,9 +82,9 @@ void VolumeOpener::begin() {
   volume_ = std::make_unique<VolumeImpl>(environment_, spec_);
   volume_->record_page_ = std::make_unique<PageBuffer>(kPageSize);
   volume_->scratch_page_ = std::make_unique<PageBuffer>(kPageSize);
-  for (const LayerSpec& layer : spec_.layers) {
+  for (auto layer = spec_.layers.rbegin(); layer != spec_.layers.rend(); ++layer) {
     volume_->layers_.emplace_back();
-    volume_->layers_.back().id = layer.layer_id;
+    volume_->layers_.back().id = layer->layer_id;
   }
   read_pair(superblock_.volume_table_offset + uint64_t{spec_.slot} * 2 * kPageSize, &VolumeOpener::have_record);
 }
@@ -141,6 +148,11 @@ void VolumeOpener::have_record(int error) {
       return refuse(Code::kStale, "its record is of epoch " + std::to_string(record.epoch) +
                                       ", newer than the grant's " + std::to_string(spec_.epoch));
     }
+    // A frozen layer shows the same whatever the record says; one that might be written must still be the top.
+    if (!fresh && record.volume_id == spec_.volume_id && record.top_layer_id != spec_.layers[0].layer_id &&
+        !spec_.layers[0].frozen) {
+      return refuse_top();
+    }
     return plan_reads();
   }
   if (fresh) return first_open();
@@ -160,14 +172,17 @@ void VolumeOpener::have_record(int error) {
                                     std::to_string(record.generation) + "), the grant of epoch " +
                                     std::to_string(spec_.epoch) + "; ask for a new grant");
   }
-  if (record.top_layer_id != spec_.layers[0].layer_id) {
-    return refuse(Code::kStale, "its record names layer " + std::to_string(record.top_layer_id) +
-                                    " as the top, the grant layer " + std::to_string(spec_.layers[0].layer_id) +
-                                    "; the metadata service must read the record first");
-  }
+  if (record.top_layer_id != spec_.layers[0].layer_id) return refuse_top();
   // Volumes never shrink: a growth that is durable counts, whoever knows of it.
   volume_->size_bytes_ = std::max(record.size_bytes, spec_.size_bytes);
   write_record();
+}
+
+// Whoever opens believes the disk: a cut may have happened that the grant does not know of.
+void VolumeOpener::refuse_top() {
+  refuse(Code::kStale, "its record names layer " + std::to_string(volume_->record_.top_layer_id) +
+                           " as the top, the grant layer " + std::to_string(spec_.layers[0].layer_id) +
+                           "; the metadata service must read the record first");
 }
 
 // A slot never used, or whose former volume is gone: the layer's record first, then the whole volume record.

@@ -28,7 +28,7 @@ class VolumeOpener {
   struct Granted {
     uint64_t slab = 0;
     uint64_t generation = 0;
-    uint32_t layer = 0;
+    uint32_t layer = 0;     // index in the grant, newest first: 0 is the top
     uint32_t claim = PageArena::kNone;
     bool claiming = false;  // the arena says: its claim may not be complete
   };
@@ -43,7 +43,7 @@ class VolumeOpener {
   };
   // A chunk that another slab of the layer was found to map before this one.
   struct Twice {
-    uint32_t layer;
+    uint32_t layer;         // as in Granted
     uint32_t chunk;
     uint32_t slab;
   };
@@ -53,6 +53,7 @@ class VolumeOpener {
         superblock_(*environment.superblock),
         spec_(spec),
         taking_over_(taking_over),
+        spec_layers_(spec.layers.size()),
         opened_(std::move(opened)),
         home_(Executor::current()) {
     HF_ASSERT(home_ != nullptr);
@@ -73,6 +74,7 @@ class VolumeOpener {
   void read_pair(uint64_t offset, void (VolumeOpener::*then)(int)) { submit(IoOp::kRead, offset, 2, 0, then); }
   std::string errno_text(int error) const;
   void have_record(int error);
+  void refuse_top();
   void first_open();
   uint64_t layer_address() const;
   void have_layer(int error);
@@ -89,6 +91,9 @@ class VolumeOpener {
   void have_run(Read& read, int error);
   void fail(Code code, std::string why);
   void have_pair(const Granted& granted, const format::SlabPage& a, const format::SlabPage& b);
+  VolumeImpl::Layer& layer_of(uint32_t granted) {
+    return volume_->layers_[spec_layers_ - 1 - granted];
+  }
   static bool empty(const format::SlabPage& page);
   void keep_unclaimed(const Granted& granted);
   std::string nonsense(const format::SlabPage& page, bool image) const;
@@ -112,6 +117,7 @@ class VolumeOpener {
   const format::Superblock& superblock_;
   VolumeSpec spec_;
   const bool taking_over_;
+  const size_t spec_layers_;
   Volume::Opened opened_;
   Executor* home_;
   std::string name_;

@@ -25,14 +25,17 @@ VolumeImpl::LayerView VolumeImpl::view(const Layer& layer, uint32_t chunk) const
   return found;
 }
 
-uint16_t VolumeImpl::older_data(uint32_t chunk) const {
+uint16_t VolumeImpl::older_data(uint32_t chunk, uint16_t* mentioned) const {
   uint16_t open = kAllBlocks;
   uint16_t shown = 0;
-  for (size_t i = 1; i < layers_.size() && open != 0; i++) {
+  uint16_t any = 0;
+  for (size_t i = layers_.size() - 1; i-- > 0 && (open != 0 || (mentioned != nullptr && any != kAllBlocks));) {
     const LayerView found = view(layers_[i], chunk);
     shown = static_cast<uint16_t>(shown | (open & found.data));
     open = static_cast<uint16_t>(open & ~(found.data | found.zero));
+    any = static_cast<uint16_t>(any | found.data | found.zero);
   }
+  if (mentioned != nullptr) *mentioned = any;
   return shown;
 }
 
@@ -47,13 +50,13 @@ uint32_t VolumeImpl::resolve(uint64_t offset, uint64_t end, Piece* out, uint32_t
     const uint64_t chunk_end = uint64_t{chunk} * kChunkSize + kChunkSize;
     const uint32_t last = chunk_end <= end ? kBlocksPerChunk : static_cast<uint32_t>(end % kChunkSize) / kBlockSize;
     const uint16_t wanted = block_mask(first, last);
-    // Per layer from the top: the blocks it answers for, until none is open.
-    uint16_t masks[256];
-    Place places[256];
+    // Per layer from the top: the blocks it answers for, until none is open. Each of them has at least one.
+    uint16_t masks[kBlocksPerChunk];
+    Place places[kBlocksPerChunk];
     uint32_t depth = 0;
     uint16_t open = wanted;
-    for (const Layer& layer : layers_) {
-      const LayerView found = view(layer, chunk);
+    for (size_t i = layers_.size(); i-- > 0;) {
+      const LayerView found = view(layers_[i], chunk);
       const auto mine = static_cast<uint16_t>(open & found.data);
       open = static_cast<uint16_t>(open & ~(found.data | found.zero));
       if (mine != 0) {
@@ -74,8 +77,8 @@ uint32_t VolumeImpl::resolve(uint64_t offset, uint64_t end, Piece* out, uint32_t
         disk = data_offset(slab, places[source] & 0xff) + block * kBlockSize;
       } else {
         const auto any = [&](uint32_t b) {
-          for (uint32_t i = 0; i < depth; i++) {
-            if ((masks[i] >> b & 1) != 0) return true;
+          for (uint32_t d = 0; d < depth; d++) {
+            if ((masks[d] >> b & 1) != 0) return true;
           }
           return false;
         };

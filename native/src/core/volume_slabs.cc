@@ -14,9 +14,22 @@ using format::SlabPage;
 
 // ---- slabs with free chunks
 
+void VolumeImpl::add_to_top(uint32_t index) {
+  slabs_[index].layer = static_cast<uint16_t>(layers_.size() - 1);
+  top_slabs_++;
+  if (top_list_.size() > 2 * top_slabs_ + 64) {
+    std::erase_if(top_list_, [this](uint32_t one) {
+      return slabs_[one].state != SlabState::kLive || !in_top(slabs_[one]);
+    });
+    std::sort(top_list_.begin(), top_list_.end());
+    top_list_.erase(std::unique(top_list_.begin(), top_list_.end()), top_list_.end());
+  }
+  top_list_.push_back(index);
+}
+
 void VolumeImpl::list_slab(uint32_t index) {
   Slab& slab = slabs_[index];
-  HF_ASSERT(!slab.listed && slab.layer == 0 && slab.state == SlabState::kLive && !slab.unsettled);
+  HF_ASSERT(!slab.listed && in_top(slab) && slab.state == SlabState::kLive && !slab.unsettled);
   slab.listed = 1;
   slab.list_previous = kNoIndex;
   slab.list_next = list_head_;
@@ -27,7 +40,7 @@ void VolumeImpl::list_slab(uint32_t index) {
 
 void VolumeImpl::unlist_slab(uint32_t index) {
   Slab& slab = slabs_[index];
-  HF_ASSERT(slab.listed);
+  HF_ASSERT(listed(slab));
   slab.listed = 0;
   if (slab.list_previous != kNoIndex) slabs_[slab.list_previous].list_next = slab.list_next;
   else list_head_ = slab.list_next;
@@ -42,7 +55,7 @@ void VolumeImpl::settle_for_space() {
   for (uint32_t seen = 0, done = 0; unsettled_ > 0 && done < 32 && seen < slabs_.size(); seen++) {
     unsettled_cursor_ = (unsettled_cursor_ + 1) % slabs_.size();
     const Slab& slab = slabs_[unsettled_cursor_];
-    if (slab.state != SlabState::kLive || !slab.unsettled) continue;
+    if (slab.state != SlabState::kLive || !slab.unsettled || !in_top(slab)) continue;
     HotSlab* image = ensure_hot(unsettled_cursor_);
     if (image == nullptr) break;
     mark_dirty(*image);
@@ -60,7 +73,7 @@ void VolumeImpl::claim_ahead() {
 }
 
 void VolumeImpl::want_slab() {
-  if (claim_.stage != Claim::Stage::kIdle || stock_waiting_ || state_ != State::kOpen) return;
+  if (claim_.stage != Claim::Stage::kIdle || stock_waiting_ || state_ != State::kOpen || holding_) return;
   claim_.directory = PageArena::kNone;
   if (!unclaimed_.empty()) {
     claim_.slab = unclaimed_.back().slab;
@@ -77,9 +90,13 @@ void VolumeImpl::want_slab() {
     }
   }
   full_since_ = 0;
+  if (claim_.directory != PageArena::kNone && arena_->claim(claim_.directory).layer_id != top().id) {
+    arena_->set_claim_state(claim_.directory, PageArena::ClaimState::kFree);
+    claim_.directory = PageArena::kNone;
+  }
   if (claim_.directory == PageArena::kNone) {
     claim_.directory = arena_->add_claim(
-        {claim_.slab.slab, claim_.slab.generation, layers_[0].id, PageArena::ClaimState::kClaiming});
+        {claim_.slab.slab, claim_.slab.generation, top().id, PageArena::ClaimState::kClaiming});
     if (claim_.directory == PageArena::kNone || slabs_.size() > kMaxSlabIndex) {
       if (claim_.directory != PageArena::kNone) arena_->set_claim_state(claim_.directory, PageArena::ClaimState::kFree);
       environment_.stock->put_back(claim_.slab);
@@ -131,7 +148,9 @@ std::string VolumeImpl::claim_objection(const SlabPage& page, PageState state) c
                             std::to_string(page.generation) + ", epoch " + std::to_string(page.epoch);
   if (page.generation > claim_.slab.generation) return whose;
   if (page.generation < claim_.slab.generation || page.layer_id == 0) return {};
-  if (page.layer_id != layers_[0].id || page.epoch > spec_.epoch) return whose;
+  // Claimed in vain, or not to the end, for a layer that was the top then: still nobody else's.
+  const auto ours = [&](const Layer& layer) { return layer.id == page.layer_id; };
+  if (page.epoch > spec_.epoch || std::none_of(layers_.begin(), layers_.end(), ours)) return whose;
   for (const format::SlabEntry& entry : page.entries) {
     if (entry.logical_chunk != format::kNoChunk) return whose + " and holds data";
   }
@@ -151,6 +170,7 @@ void VolumeImpl::claim_step(int error) {
                            "). Writes to new places fail until it can; check the pool's device");
       if (list_head_ == kNoIndex) fail_waiting(slab_waiters_, slab_waiters_tail_, EIO);
     }
+    hold_drained();
     end_background();
     return unlock(lock);
   }
@@ -167,6 +187,7 @@ void VolumeImpl::claim_step(int error) {
                                 ", but its page (copy " + "AB"[copy] + ") " + objection +
                                 "; it is left alone. Run `holdfast pool check` to see whose it is");
         want_slab();
+        hold_drained();
         end_background();
         return unlock(lock);
       }
@@ -178,7 +199,7 @@ void VolumeImpl::claim_step(int error) {
     flush_number_++;
     arena_->raise_flush_number(flush_number_);
     for (uint32_t copy = 0; copy < 2; copy++) {
-      seal_empty_page(claim_.pages->data() + size_t{copy} * kPageSize, claim_.slab, layers_[0].id, copy, flush_number_);
+      seal_empty_page(claim_.pages->data() + size_t{copy} * kPageSize, claim_.slab, top().id, copy, flush_number_);
     }
     claim_.stage = Claim::Stage::kWriteA;
     claim_submit(IoOp::kWrite, 0, 1);
@@ -198,10 +219,11 @@ void VolumeImpl::claim_step(int error) {
   slab.sequence = claim_.pages->at<SlabPage>().header.sequence;
   slab.claim = claim_.directory;
   slab.ours = 1;
-  top_slabs_++;
+  add_to_top(index);
   list_slab(index);
-  notices_.push_back({true, layers_[0].id, slab.number, slab.generation});
+  notices_.push_back({true, top().id, slab.number, slab.generation});
   if (slab_waiters_ != nullptr) wake(slab_waiters_, slab_waiters_tail_);
+  hold_drained();
   end_background();
   unlock(lock);
 }
@@ -299,11 +321,11 @@ void VolumeImpl::slab_waiters_timeout() {
 
 void VolumeImpl::maybe_release(uint32_t index) {
   Slab& slab = slabs_[index];
-  if (slab.state != SlabState::kLive || slab.layer != 0 || slab.hot != kNoIndex || slab.unsettled || slab.holes ||
+  if (slab.state != SlabState::kLive || !in_top(slab) || slab.hot != kNoIndex || slab.unsettled || slab.holes ||
       slab.free_chunks != kChunksPerSlab || state_ != State::kOpen) {
     return;
   }
-  HF_ASSERT(slab.listed);
+  HF_ASSERT(listed(slab));
   // Not the last room, nor what a held write is about to take: it would only have to be claimed again.
   if (slab_waiters_ != nullptr || free_total_ < usable_chunks_ + std::max(1u, usable_chunks_ / 4)) return;
   unlist_slab(index);
@@ -357,10 +379,14 @@ void VolumeImpl::release_step(int error) {
   HF_ASSERT(slab.state == SlabState::kReleasing && slab.free_chunks == kChunksPerSlab);
   const bool writing = release_.stage != Release::Stage::kDiscard;
   const auto stop = [&] {
-    top_slabs_--;
+    if (in_top(slab)) top_slabs_--;
     slabs_.remove(index);
     release_.stage = Release::Stage::kIdle;
     if (state_ == State::kOpen) start_release();
+    if (release_.stage == Release::Stage::kIdle && cut_ != nullptr && cut_->waits_release) {
+      cut_->waits_release = false;
+      frozen_post();
+    }
     end_background();
     unlock(lock);
   };
@@ -384,7 +410,7 @@ void VolumeImpl::release_step(int error) {
       arena_->set_claim_state(slab.claim, PageArena::ClaimState::kReturned);
     } else {
       slab.claim =
-          arena_->add_claim({slab.number, slab.generation, layers_[0].id, PageArena::ClaimState::kReturned});
+          arena_->add_claim({slab.number, slab.generation, layers_[slab.layer].id, PageArena::ClaimState::kReturned});
       if (slab.claim == PageArena::kNone) {
         unclaimed_.push_back({{slab.number, slab.generation}, PageArena::kNone});
         return stop();
@@ -402,7 +428,7 @@ void VolumeImpl::release_step(int error) {
     return unlock(lock);
   }
   // A device that can't discard has not failed: the slab is as empty as it needs to be.
-  notices_.push_back({false, layers_[0].id, slab.number, slab.generation});
+  notices_.push_back({false, layers_[slab.layer].id, slab.number, slab.generation});
   stop();
 }
 

@@ -35,6 +35,10 @@ void VolumeImpl::write_on(RequestState* state, std::unique_lock<std::mutex>& loc
     }
     extent.busy = false;
   }
+  if (state->error == 0 && !begin_change(state)) {
+    park_held(state);
+    return unlock(lock);
+  }
   Extent* batch[RequestState::kExtents];
   uint32_t batched = 0;
   Need need = Need::kNothing;
@@ -57,6 +61,7 @@ void VolumeImpl::write_on(RequestState* state, std::unique_lock<std::mutex>& loc
       modified_++;
       state->changed = false;
       drop_epoch(state);
+      end_change(state);
       state->flush.home = state->home;
       state->flush.done = fua_done;
       state->flush.user = state;
@@ -86,7 +91,7 @@ VolumeImpl::Need VolumeImpl::plan_extent(RequestState* state, Extent& extent, ui
     const uint64_t stop = std::min(end, uint64_t{chunk} * kChunkSize + kChunkSize);
     const uint32_t first = static_cast<uint32_t>(at % kChunkSize) / kBlockSize;
     const auto last = static_cast<uint32_t>((stop - uint64_t{chunk} * kChunkSize) / kBlockSize);
-    Place place = layers_[0].map.find(chunk);
+    Place place = top().map.find(chunk);
     if (extent.chunks > 0) {
       // Goes on only in the very next chunk of the same slab, there already or free to be taken.
       const uint32_t next = uint32_t{extent.index} + extent.chunks;
@@ -140,7 +145,7 @@ VolumeImpl::Need VolumeImpl::plan_extent(RequestState* state, Extent& extent, ui
 }
 
 bool VolumeImpl::chunk_usable(uint32_t slab, uint32_t index) const {
-  return slab < slabs_.size() && slabs_[slab].listed && index < usable_chunks_ &&
+  return slab < slabs_.size() && listed(slabs_[slab]) && index < usable_chunks_ &&
          slabs_.entry(slab, index).logical_chunk == format::kNoChunk;
 }
 
@@ -148,14 +153,14 @@ bool VolumeImpl::chunk_usable(uint32_t slab, uint32_t index) const {
 // stream whose requests arrive out of order still lies in order); else the next free chunk of the current slab.
 VolumeImpl::Need VolumeImpl::place_for(uint32_t chunk, Place* out) {
   Place near = kNoPlace;
-  const uint32_t distance = layers_[0].map.find_before(chunk, kAffinityChunks, &near);
+  const uint32_t distance = top().map.find_before(chunk, kAffinityChunks, &near);
   uint32_t slab = kNoIndex;
   uint32_t index = 0;
   if (distance > 0 && chunk_usable((near + distance) >> 8, (near + distance) & 0xff)) {
     slab = (near + distance) >> 8;
     index = (near + distance) & 0xff;
   } else {
-    if (current_ == kNoIndex || !slabs_[current_].listed) {
+    if (current_ == kNoIndex || !listed(slabs_[current_])) {
       current_ = list_head_;
       current_cursor_ = 0;
     }
@@ -173,9 +178,9 @@ VolumeImpl::Need VolumeImpl::place_for(uint32_t chunk, Place* out) {
 
 void VolumeImpl::take_chunk(uint32_t slab, uint32_t index, uint32_t chunk) {
   Slab& one = slabs_[slab];
-  HF_ASSERT(one.listed && one.layer == 0 && one.hot != kNoIndex && one.free_chunks > 0);
+  HF_ASSERT(listed(one) && one.hot != kNoIndex && one.free_chunks > 0);
   set_entry(slab, index, {chunk, 0, 0});
-  layers_[0].map.set(chunk, slab << 8 | index);
+  top().map.set(chunk, slab << 8 | index);
   one.free_chunks--;
   free_total_--;
   if (usable_free(one) == 0) unlist_slab(slab);
@@ -226,7 +231,14 @@ void VolumeImpl::write_done(IoRequest* io, int error) {
   extent->busy = !applied;  // not to be given out again before its bits are set
   if (state->wait != RequestState::Wait::kNone) {
     // Parked: resumed by whoever it waits for. It knows no place any more once nothing is at the device.
-    if (state->wait == RequestState::Wait::kSlab && state->outstanding == 0 && applied) self->drop_epoch(state);
+    if (state->wait == RequestState::Wait::kSlab && state->outstanding == 0 && applied) {
+      self->drop_epoch(state);
+      self->end_change(state);
+    }
+    // While writes are held no slab comes, but bits that are still to be set must be.
+    if (state->wait == RequestState::Wait::kSlab && !applied && self->holding_) {
+      self->wake(self->slab_waiters_, self->slab_waiters_tail_);
+    }
     return self->unlock(lock);
   }
   if (!applied) {

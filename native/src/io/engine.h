@@ -57,15 +57,21 @@ class EnginePool;
 
 class EngineVolume : public std::enable_shared_from_this<EngineVolume> {
  public:
-  EngineVolume(std::shared_ptr<EnginePool> pool, VolumeSpec spec);
+  // Without a device it can't be taken over from: for maintenance, when nobody else has it open.
+  EngineVolume(std::shared_ptr<EnginePool> pool, VolumeSpec spec, bool with_device = true);
   ~EngineVolume();
 
   Status grow(uint64_t size_bytes);
   Status close();
   Status revoke();
   Status detach();
+  // See Volume. hold() and cut() give way to a revocation.
+  Status hold(uint32_t timeout_ms);
+  Status release();
+  Result<CutReport> cut(LayerSpec top, const SnapshotInfo& snapshot, uint32_t timeout_ms);
+  Status forget_slabs(const std::vector<SlabRun>& slabs);
   VolumeStats stats() const;
-  VolumeSpec spec() const;         // size as grown
+  VolumeSpec spec() const;         // size as grown, layers as cut
   std::string device_path() const;
   std::string reason() const;      // why this frontend, and what is not as it should be
 
@@ -82,9 +88,12 @@ class EngineVolume : public std::enable_shared_from_this<EngineVolume> {
   Status adopt(KeptEntry entry);
   Status open_volume(bool taking_over);
   Status attach();
-  void learn_size();
-  Status settle_device(bool grown);
+  bool learn_record();
+  Status settle_device(bool grown, bool changed);
   Status keep();                   // all of it to the keeper
+  Status keep_spec();              // the same, with the spec as it is now
+  template <typename T>
+  T begin_and_wait(const std::function<void(Volume&, std::function<void(T)>)>& begin);
   Status note();                   // the keeper's blob only
   std::string entry_name() const;
   std::string export_blob() const;
@@ -107,6 +116,7 @@ class EngineVolume : public std::enable_shared_from_this<EngineVolume> {
 
   std::shared_ptr<EnginePool> pool_;
   const unsigned home_;            // its own worker, by number
+  const bool with_device_;
   std::mutex control_;             // one control call at a time; before volume_calls_
   std::mutex volume_calls_;        // Volume::grow, close and abort exclude each other
   mutable std::mutex state_mutex_; // the fields below it
@@ -134,7 +144,7 @@ class EnginePool final : public std::enable_shared_from_this<EnginePool>, privat
   const PoolSpec& spec() const { return spec_; }
   LeaseState lease_state() const;
   std::vector<std::shared_ptr<EngineVolume>> volumes() const;
-  Result<std::shared_ptr<EngineVolume>> open_volume(VolumeSpec spec);
+  Result<std::shared_ptr<EngineVolume>> open_volume(VolumeSpec spec, bool with_device = true);
   Status add_slabs(const std::vector<SlabRun>& runs);
   Stock& stock() { return *stock_; }
   // While somebody holds one, close() waits and device() stands. Null: closed.

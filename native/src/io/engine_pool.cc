@@ -455,7 +455,7 @@ Status EnginePool::add_slabs(const std::vector<SlabRun>& runs) {
   return stock_->add(runs);
 }
 
-Result<std::shared_ptr<EngineVolume>> EnginePool::open_volume(VolumeSpec spec) {
+Result<std::shared_ptr<EngineVolume>> EnginePool::open_volume(VolumeSpec spec, bool with_device) {
   spec.host_id = spec_.host_id;
   spec.generation = spec_.generation;
   const uint64_t id = spec.volume_id;
@@ -467,7 +467,7 @@ Result<std::shared_ptr<EngineVolume>> EnginePool::open_volume(VolumeSpec spec) {
   if (lease != LeaseState::kValid) {
     return Status{Code::kLeaseExpired, "the lease on pool " + info_.name + " is held; try again when it is valid"};
   }
-  auto volume = std::make_shared<EngineVolume>(shared_from_this(), std::move(spec));
+  auto volume = std::make_shared<EngineVolume>(shared_from_this(), std::move(spec), with_device);
   {
     std::lock_guard lock(volumes_mutex_);
     if (closing_) return Status{Code::kBusy, "pool " + info_.name + " is being closed"};

@@ -7,6 +7,7 @@
 #include <cinttypes>
 #include <cstdio>
 #include <cstring>
+#include <future>
 #include <string>
 #include <utility>
 
@@ -44,8 +45,11 @@ Result<std::unique_ptr<SharedMemory>> share_spec(const VolumeSpec& spec) {
 
 }  // namespace
 
-EngineVolume::EngineVolume(std::shared_ptr<EnginePool> pool, VolumeSpec spec)
-    : pool_(std::move(pool)), home_(pool_->engine_->next_worker_.fetch_add(1)), spec_(std::move(spec)) {}
+EngineVolume::EngineVolume(std::shared_ptr<EnginePool> pool, VolumeSpec spec, bool with_device)
+    : pool_(std::move(pool)),
+      home_(pool_->engine_->next_worker_.fetch_add(1)),
+      with_device_(with_device),
+      spec_(std::move(spec)) {}
 
 EngineVolume::~EngineVolume() {
   HF_ASSERT(volume_ == nullptr);
@@ -81,6 +85,7 @@ std::string EngineVolume::device_path() const {
 
 std::string EngineVolume::reason() const {
   std::lock_guard lock(state_mutex_);
+  if (!with_device_) return "no device: open for maintenance";
   return note_.empty() ? kReason : std::string(kReason) + "; " + note_;
 }
 
@@ -128,7 +133,19 @@ Status EngineVolume::keep() {
   return pool_->engine_->keeper_->put(entry_name(), export_blob(), fds, flags);
 }
 
+Status EngineVolume::keep_spec() {
+  if (!with_device_) return {};
+  Result<std::unique_ptr<SharedMemory>> memory = share_spec(spec());
+  if (!memory.ok()) return memory.status;
+  {
+    std::lock_guard lock(state_mutex_);
+    spec_memory_ = std::move(*memory);
+  }
+  return keep();
+}
+
 Status EngineVolume::note() {
+  if (!with_device_) return {};
   int64_t flags = 0;
   {
     std::lock_guard lock(state_mutex_);
@@ -184,7 +201,7 @@ Status EngineVolume::open() {
   }
   std::lock_guard control(control_);
   Status status = open_volume(false);
-  if (!status.ok()) return status;
+  if (!status.ok() || !with_device_) return status;
 
   const auto make_device = [&]() -> Status {
     Result<std::unique_ptr<FuseSession>> session = FuseSession::create(workers_in_turn(), wanted.size_bytes);
@@ -262,6 +279,7 @@ Status EngineVolume::adopt(KeptEntry entry) {
     return decoded.status;
   }
   const uint64_t kept_size = decoded->size_bytes;
+  bool changed = false;
   {
     std::lock_guard lock(state_mutex_);
     spec_ = std::move(*decoded);
@@ -277,7 +295,7 @@ Status EngineVolume::adopt(KeptEntry entry) {
     Result<std::unique_ptr<PageArena>> pages = PageArena::attach(arena_memory_->data(), arena_memory_->size());
     if (pages.ok()) {
       arena_ = std::move(*pages);
-      learn_size();
+      changed = learn_record();
       for (uint32_t i = 0; i < arena_->claim_count(); ++i) adopted_claims_.push_back(arena_->claim(i));
       served = open_volume(true);
     } else {
@@ -311,22 +329,39 @@ Status EngineVolume::adopt(KeptEntry entry) {
     }
     return note();
   }
-  return settle_device(kept_size != size);
+  return settle_device(kept_size != size, changed);
 }
 
-// The record on disk is what counts: a growth may have been cut off before the keeper knew.
-void EngineVolume::learn_size() {
+// The record on disk is what counts: a growth or a cut may have been done when the keeper did not know yet. True: the
+// spec is another one now.
+bool EngineVolume::learn_record() {
   std::lock_guard lock(state_mutex_);
   const auto record = read_volume_record(*pool_->sync_, pool_->info_.superblock, spec_.slot);
-  if (!record.ok() || !record.value->has_value()) return;  // open() says what is wrong
+  if (!record.ok() || !record.value->has_value()) return false;  // open() says what is wrong
   const VolumeRecordInfo& info = **record.value;
-  if (info.volume_id != spec_.volume_id || info.epoch != spec_.epoch || info.size_bytes <= spec_.size_bytes) return;
-  spec_.size_bytes = info.size_bytes;
-  if (!spec_.layers.empty() && !spec_.layers[0].frozen) spec_.layers[0].size_bytes = info.size_bytes;
+  if (info.volume_id != spec_.volume_id || info.epoch != spec_.epoch || spec_.layers.empty()) return false;
+  bool changed = false;
+  if (spec_.next_top.has_value() && spec_.next_top->layer_id == info.top_layer_id &&
+      spec_.layers[0].layer_id != info.top_layer_id) {
+    LayerSpec& frozen = spec_.layers[0];
+    frozen.frozen = true;
+    const auto layer = read_layer_record(*pool_->sync_, pool_->info_.superblock, frozen.slot);
+    const bool known = layer.ok() && layer.value->has_value() && (**layer.value).layer_id == frozen.layer_id;
+    frozen.size_bytes = known ? (**layer.value).size_bytes : spec_.size_bytes;
+    spec_.layers.insert(spec_.layers.begin(), *spec_.next_top);
+    changed = true;
+  }
+  spec_.next_top.reset();
+  if (info.size_bytes > spec_.size_bytes) {
+    spec_.size_bytes = info.size_bytes;
+    if (!spec_.layers[0].frozen) spec_.layers[0].size_bytes = info.size_bytes;
+    changed = true;
+  }
+  return changed;
 }
 
 // After a take-over: the loop device is there, of the right size, and the keeper has the descriptors of this engine.
-Status EngineVolume::settle_device(bool grown) {
+Status EngineVolume::settle_device(bool grown, bool changed) {
   const std::string label = volume_label(spec());
   Result<int> found = pool_->engine_->keeper_->find(label);
   if (!found.ok()) return found.status;
@@ -340,16 +375,10 @@ Status EngineVolume::settle_device(bool grown) {
   }
   if (grown) {
     session_->set_size(spec().size_bytes);
-    Result<std::unique_ptr<SharedMemory>> memory = share_spec(spec());
-    if (!memory.ok()) return memory.status;
-    {
-      std::lock_guard lock(state_mutex_);
-      spec_memory_ = std::move(*memory);
-    }
     Status resized = pool_->engine_->keeper_->resize(session_->mount_fd(), loop(false));
     if (!resized.ok()) pool_->emit_volume(spec().volume_id, resized.code, resized.message);
   }
-  return keep();
+  return changed ? keep_spec() : keep();
 }
 
 // --- changes -----------------------------------------------------------------------------------------------------
@@ -373,17 +402,140 @@ Status EngineVolume::grow(uint64_t size_bytes) {
     spec_.size_bytes = size_bytes;
     if (!spec_.layers[0].frozen) spec_.layers[0].size_bytes = size_bytes;
   }
+  if (!with_device_) return {};
   // Also when the size is there already: what failed half-way is finished by asking again.
   session_->set_size(size_bytes);
-  Result<std::unique_ptr<SharedMemory>> memory = share_spec(spec());
-  if (!memory.ok()) return memory.status;
-  {
-    std::lock_guard lock(state_mutex_);
-    spec_memory_ = std::move(*memory);
-  }
-  Status kept = keep();
+  Status kept = keep_spec();
   if (!kept.ok()) return kept;
   return pool_->engine_->keeper_->resize(session_->mount_fd(), loop(false));
+}
+
+// Begins a call of the volume and waits for its answer. kill() is not kept waiting: what it aborts is answered first.
+template <typename T>
+T EngineVolume::begin_and_wait(const std::function<void(Volume&, std::function<void(T)>)>& begin) {
+  auto promise = std::make_shared<std::promise<std::shared_ptr<T>>>();
+  std::future<std::shared_ptr<T>> answer = promise->get_future();
+  {
+    std::lock_guard calls(volume_calls_);
+    if (volume_ == nullptr) return not_open();
+    run_on(home(), [&] {
+      begin(*volume_, [promise](T value) { promise->set_value(std::make_shared<T>(std::move(value))); });
+    });
+  }
+  return std::move(*answer.get());
+}
+
+Status EngineVolume::hold(uint32_t timeout_ms) {
+  std::lock_guard control(control_);
+  if (state() != State::kOpen) return not_open();
+  return begin_and_wait<Status>([&](Volume& volume, const std::function<void(Status)>& done) {
+    volume.hold(uint64_t{timeout_ms} * 1'000'000, done);
+  });
+}
+
+Status EngineVolume::release() {
+  std::lock_guard control(control_);
+  if (state() != State::kOpen) return {};  // nothing is held
+  return begin_and_wait<Status>(
+      [&](Volume& volume, const std::function<void(Status)>& done) { volume.release(done); });
+}
+
+// The keeper hears of the new top before the disk does, so that a successor knows where its record is; and of what came
+// of it afterwards.
+Result<CutReport> EngineVolume::cut(LayerSpec top, const SnapshotInfo& snapshot, uint32_t timeout_ms) {
+  std::lock_guard control(control_);
+  if (state() != State::kOpen) return not_open();
+  top.frozen = false;
+  top.slabs.clear();
+  const bool repeated = spec().layers[0].layer_id == top.layer_id;
+  if (!repeated) {
+    {
+      std::lock_guard lock(state_mutex_);
+      spec_.next_top = top;
+    }
+    if (Status kept = keep_spec(); !kept.ok()) return kept;
+  }
+  Result<CutReport> report = begin_and_wait<Result<CutReport>>(
+      [&](Volume& volume, const std::function<void(Result<CutReport>)>& done) {
+        volume.cut(top, snapshot, uint64_t{timeout_ms} * 1'000'000, done);
+      });
+  if (!report.ok()) return report;
+  {
+    std::lock_guard lock(state_mutex_);
+    if (!repeated) {
+      top.size_bytes = spec_.size_bytes;
+      spec_.layers.insert(spec_.layers.begin(), top);
+    }
+    spec_.layers[1] = report->frozen;
+    spec_.next_top.reset();
+  }
+  // What the keeper has is good enough for a successor in any case.
+  if (Status kept = keep_spec(); !kept.ok()) pool_->emit_volume(spec().volume_id, kept.code, kept.message);
+  return report;
+}
+
+namespace {
+
+// What is left of `runs` without `gone`, of the same generation.
+std::vector<SlabRun> without(const std::vector<SlabRun>& runs, const std::vector<SlabRun>& gone) {
+  std::vector<SlabRun> left = runs;
+  for (const SlabRun& one : gone) {
+    std::vector<SlabRun> next;
+    for (const SlabRun& run : left) {
+      const uint64_t end = run.first + run.count;
+      const uint64_t from = std::max(run.first, one.first);
+      const uint64_t to = std::min(end, one.first + one.count);
+      if (run.generation != one.generation || from >= to) {
+        next.push_back(run);
+        continue;
+      }
+      if (run.first < from) next.push_back({run.first, uint32_t(from - run.first), run.generation});
+      if (to < end) next.push_back({to, uint32_t(end - to), run.generation});
+    }
+    left = std::move(next);
+  }
+  return left;
+}
+
+bool any_of_runs(const std::vector<SlabRun>& runs, uint64_t slab, uint64_t generation) {
+  return std::any_of(runs.begin(), runs.end(), [&](const SlabRun& run) {
+    return slab >= run.first && slab - run.first < run.count && generation == run.generation;
+  });
+}
+
+}  // namespace
+
+// Answered when nothing here resolves to the slabs any more, and nothing that the keeper has would bring them back.
+Status EngineVolume::forget_slabs(const std::vector<SlabRun>& slabs) {
+  std::lock_guard control(control_);
+  if (state() == State::kDead || state() == State::kGone) return {};  // nothing is in flight, nothing will be
+  bool open = false;
+  {
+    std::lock_guard calls(volume_calls_);
+    open = volume_ != nullptr;
+  }
+  if (open) {
+    Status forgotten = begin_and_wait<Status>([&](Volume& volume, const std::function<void(Status)>& done) {
+      volume.forget_slabs(slabs, done);
+    });
+    if (!forgotten.ok()) return state() == State::kDead ? Status{} : forgotten;
+  }
+  {
+    std::lock_guard lock(state_mutex_);
+    if (!open && arena_ != nullptr) {
+      for (uint32_t i = 0; i < arena_->claim_count(); ++i) {
+        const PageArena::Claim claim = arena_->claim(i);
+        if (claim.state != PageArena::ClaimState::kFree && claim.layer_id != spec_.layers[0].layer_id &&
+            any_of_runs(slabs, claim.slab, claim.generation)) {
+          arena_->set_claim_state(i, PageArena::ClaimState::kFree);
+        }
+      }
+    }
+    for (LayerSpec& layer : spec_.layers) {
+      if (layer.frozen) layer.slabs = without(layer.slabs, slabs);
+    }
+  }
+  return keep_spec();
 }
 
 EngineVolume::State EngineVolume::state() const {
@@ -415,7 +567,7 @@ Status EngineVolume::close() {
   std::lock_guard control(control_);
   if (state() == State::kGone) return {};
   if (state() == State::kDead) return not_open();
-  if (state() == State::kOpen) {
+  if (state() == State::kOpen && with_device_) {
     Status detached = pool_->engine_->keeper_->detach(loop(false));
     if (!detached.ok()) return detached;
     while (!session_->wait_idle(kIdleMs)) {
@@ -444,7 +596,7 @@ Status EngineVolume::close() {
 // Nothing of the volume is left here.
 Status EngineVolume::finish() {
   drop_session();
-  Status dropped = pool_->engine_->keeper_->drop(entry_name());
+  Status dropped = with_device_ ? pool_->engine_->keeper_->drop(entry_name()) : Status{};
   release_memory();
   pool_->remove(this);
   return dropped;
@@ -485,6 +637,7 @@ Status EngineVolume::revoke() {
   std::lock_guard control(control_);
   if (state() == State::kGone) return {};
   const VolumeSpec spec = this->spec();
+  if (spec.read_only) return {};  // a reader has no part in the record
   return write_volume_closed(*pool_->gated_, pool_->info_.superblock, spec.slot, spec.volume_id, spec.epoch);
 }
 
@@ -506,6 +659,16 @@ Status EngineVolume::detach() {
 bool EngineVolume::still_ours(Status* held) {
   if (state() != State::kOpen) return true;
   const VolumeSpec spec = this->spec();
+  if (spec.read_only) {
+    // Readers write no record: one of a later epoch is a writer's, who was granted when this reader counted as dead.
+    const auto record = read_volume_record(*pool_->sync_, pool_->info_.superblock, spec.slot);
+    *held = record.status;
+    if (!record.ok() || !record.value->has_value()) return true;
+    const VolumeRecordInfo& info = **record.value;
+    if (info.volume_id != spec.volume_id || info.epoch <= spec.epoch) return true;
+    *held = {Code::kStale, "its record is of epoch " + std::to_string(info.epoch)};
+    return false;
+  }
   *held = check_volume_still_ours(*pool_->sync_, pool_->info_.superblock, spec.slot, spec.volume_id, spec.epoch,
                                   spec.host_id, spec.generation);
   return held->code != Code::kStale;
@@ -532,7 +695,9 @@ Status EngineVolume::let_go(unsigned timeout_ms) {
   }
   drop_volume_after_abort();
   // The keeper's entry stays, and must not end with this engine's connection.
-  [[maybe_unused]] Status noted = pool_->engine_->keeper_->update(entry_name(), export_blob(), 0);
+  if (with_device_) {
+    [[maybe_unused]] Status noted = pool_->engine_->keeper_->update(entry_name(), export_blob(), 0);
+  }
   drop_session();
   release_memory();
   return {};

@@ -8,7 +8,8 @@ namespace holdfast {
 namespace {
 
 constexpr uint32_t kPoolTag = 0x31504648;    // "HFP1"
-constexpr uint32_t kVolumeTag = 0x31564648;  // "HFV1"
+constexpr uint32_t kVolumeTag = 0x32564648;     // "HFV2": next_top at the end
+constexpr uint32_t kVolumeTagOne = 0x31564648;  // "HFV1"
 constexpr uint32_t kExportTag = 0x31454648;  // "HFE1"
 
 class Writer {
@@ -75,6 +76,41 @@ class Reader {
   bool ok_ = true;
 };
 
+void write_layer(Writer& out, const LayerSpec& layer) {
+  out.number(layer.layer_id);
+  out.number(layer.slot);
+  out.number(layer.parent_layer_id);
+  out.number(layer.birth);
+  out.number(layer.size_bytes);
+  out.number(uint8_t(layer.frozen));
+  out.number(uint32_t(layer.slabs.size()));
+  for (const SlabRun& run : layer.slabs) {
+    out.number(run.first);
+    out.number(run.count);
+    out.number(run.generation);
+  }
+}
+
+LayerSpec read_layer(Reader& in) {
+  LayerSpec layer;
+  in.number(&layer.layer_id);
+  in.number(&layer.slot);
+  in.number(&layer.parent_layer_id);
+  in.number(&layer.birth);
+  in.number(&layer.size_bytes);
+  in.boolean(&layer.frozen);
+  const uint32_t runs = in.count(20);
+  layer.slabs.reserve(runs);
+  for (uint32_t j = 0; j < runs && in.ok(); ++j) {
+    SlabRun run;
+    in.number(&run.first);
+    in.number(&run.count);
+    in.number(&run.generation);
+    layer.slabs.push_back(run);
+  }
+  return layer;
+}
+
 Status garbled(const char* what) {
   return {Code::kCorrupt, std::string("the keeper's note of a ") + what +
                               " is not readable; it was written by another release: detach its devices by hand"};
@@ -123,25 +159,15 @@ std::string encode(const VolumeSpec& spec) {
   out.number(uint8_t(spec.read_only));
   out.text(spec.parameters_json);
   out.number(uint32_t(spec.layers.size()));
-  for (const LayerSpec& layer : spec.layers) {
-    out.number(layer.layer_id);
-    out.number(layer.slot);
-    out.number(layer.parent_layer_id);
-    out.number(layer.birth);
-    out.number(layer.size_bytes);
-    out.number(uint8_t(layer.frozen));
-    out.number(uint32_t(layer.slabs.size()));
-    for (const SlabRun& run : layer.slabs) {
-      out.number(run.first);
-      out.number(run.count);
-      out.number(run.generation);
-    }
-  }
+  for (const LayerSpec& layer : spec.layers) write_layer(out, layer);
+  out.number(uint8_t(spec.next_top.has_value()));
+  if (spec.next_top.has_value()) write_layer(out, *spec.next_top);
   return out.take();
 }
 
 Result<VolumeSpec> decode_volume(const std::string& bytes) {
-  Reader in(bytes, kVolumeTag);
+  const bool first_version = Reader(bytes, kVolumeTagOne).ok();
+  Reader in(bytes, first_version ? kVolumeTagOne : kVolumeTag);
   VolumeSpec spec;
   in.number(&spec.volume_id);
   in.number(&spec.slot);
@@ -155,24 +181,11 @@ Result<VolumeSpec> decode_volume(const std::string& bytes) {
   in.text(&spec.parameters_json);
   const uint32_t layers = in.count(41);
   for (uint32_t i = 0; i < layers && in.ok(); ++i) {
-    LayerSpec layer;
-    in.number(&layer.layer_id);
-    in.number(&layer.slot);
-    in.number(&layer.parent_layer_id);
-    in.number(&layer.birth);
-    in.number(&layer.size_bytes);
-    in.boolean(&layer.frozen);
-    const uint32_t runs = in.count(20);
-    layer.slabs.reserve(runs);
-    for (uint32_t j = 0; j < runs && in.ok(); ++j) {
-      SlabRun run;
-      in.number(&run.first);
-      in.number(&run.count);
-      in.number(&run.generation);
-      layer.slabs.push_back(run);
-    }
-    spec.layers.push_back(std::move(layer));
+    spec.layers.push_back(read_layer(in));
   }
+  bool cutting = false;
+  if (!first_version) in.boolean(&cutting);
+  if (cutting) spec.next_top = read_layer(in);
   if (!in.ok()) return garbled("volume");
   return spec;
 }

@@ -75,7 +75,7 @@ const ops = {
     if (pool(options.uuid) !== opened) throw new Error('pools() gives another object than openPool()');
     return opened.info;
   },
-  openVolume: async (uuid, spec) => describe(await pool(uuid).openVolume(spec)),
+  openVolume: async (uuid, spec, options) => describe(await pool(uuid).openVolume(spec, options)),
   volume: (uuid, id) => describe(volume(uuid, id)),
   volumeCall: (uuid, id, method, ...args) => volume(uuid, id)[method](...args),
   poolCall: (uuid, method, ...args) => pool(uuid)[method](...args),

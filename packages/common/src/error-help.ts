@@ -140,6 +140,10 @@ export const nativeErrorHelp: Record<string, Help> = {
     action: 'Check the path to the disk; I/O is held and goes on when the lease is renewed.',
   },
   HF_UNAVAILABLE: { meaning: 'Not now.', action: 'Repeat the call.' },
+  HF_HOLD_EXPIRED: {
+    meaning: 'Writes were held for a snapshot for longer than agreed. They go on, and nothing was cut.',
+    action: 'Repeat the snapshot, or allow more time.',
+  },
 };
 
 /** The text of docs/errors.md. */

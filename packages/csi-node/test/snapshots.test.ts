@@ -107,7 +107,7 @@ describe('snapshots on a real disk', () => {
     const snapshot = await snap('raw-1', volume);
     expect(await cluster.snapshot('raw-1', volume)).toEqual(snapshot);
     for (let i = 0; i < 64; i += 2) writeBlocks(one.target, i * MIB + BLOCK, filled(BLOCK, 0xee));
-    await execa('blkdiscard', ['-o', String(33 * MIB), '-l', String(4 * MIB), one.target]);
+    await execa('blkdiscard', ['-z', '-o', String(33 * MIB), '-l', String(4 * MIB), one.target]);
     const after = await digest(one.target);
     expect(after).not.toBe(before);
 
@@ -338,7 +338,7 @@ describe('snapshots on a real disk', () => {
     const first = await snap('diff-1', volume);
     writeBlocks(one.target, BLOCK, filled(2 * BLOCK, 3));
     writeBlocks(one.target, 200 * MIB + BLOCK, filled(BLOCK, 4));
-    await execa('blkdiscard', ['-o', String(10 * MIB), '-l', String(8 * BLOCK), one.target]);
+    await execa('blkdiscard', ['-z', '-o', String(10 * MIB), '-l', String(8 * BLOCK), one.target]);
     const second = await snap('diff-2', volume);
     expect(await cluster.changes(undefined, first)).toEqual([
       [0, 2 * BLOCK],

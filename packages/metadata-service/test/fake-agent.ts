@@ -523,7 +523,7 @@ export class FakeAgent {
       }
       const record = disk.records.get(uuid)!;
       if (!done(cut)) {
-        const frozen = { ...record.layers[0]!, frozen: true };
+        const frozen = { ...record.layers[0], frozen: true } as RecordPage['layers'][number];
         record.layers = [
           { ...top, slabs: undefined } as (typeof record.layers)[number],
           frozen,
@@ -531,15 +531,15 @@ export class FakeAgent {
         ];
         disk.names.set(frozen.layer_id, cut.snapshot_name);
       }
-      const frozenId = record.layers[1]!.layer_id;
+      const old = record.layers[1] as RecordPage['layers'][number];
       const open = this.open.get(uuid);
       if (open !== undefined && open.layers[0]?.layer_id !== top.layer_id) {
-        open.layers = [top, { ...open.layers[0]!, frozen: true }, ...open.layers.slice(1)];
+        open.layers = [top, { ...(open.layers[0] as Layer__Output), frozen: true }, ...open.layers.slice(1)];
       }
       volumes.push({
         volume_uuid: uuid,
-        size_bytes: record.layers[1]!.size_bytes,
-        claimed: claimsOfLayer(disk, record.volumeId, frozenId),
+        size_bytes: old.size_bytes,
+        claimed: claimsOfLayer(disk, record.volumeId, old.layer_id),
         held_us: '1500',
         epoch: grant?.epoch ?? cut.epoch,
       });

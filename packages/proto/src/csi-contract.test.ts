@@ -1,6 +1,6 @@
 /**
- * csi.proto was transcribed by hand. This compares it, fact by fact, with the published one of the Go module that
- * tools/go.mod pins: every service, method, message, field, enum value and option of either file is one line, and both
+ * csi.proto was transcribed by hand. This compares it, fact by fact, with the published one of the Go module, whose sum
+ * tools/go.sum keeps: every service, method, message, field, enum value and option of either file is one line, and both
  * lists of lines must be the same.
  */
 import { execFileSync } from 'node:child_process';
@@ -12,7 +12,8 @@ import { describe, expect, it } from 'vitest';
 
 const require = createRequire(import.meta.url);
 const here = dirname(fileURLToPath(import.meta.url));
-const spec = 'github.com/container-storage-interface/spec';
+const version = 'v1.12.0';
+const spec = `github.com/container-storage-interface/spec@${version}`;
 
 function publishedProto(): string {
   const answer = execFileSync('go', ['mod', 'download', '-json', spec], {
@@ -21,7 +22,7 @@ function publishedProto(): string {
     timeout: 120_000,
   });
   const module = JSON.parse(answer) as { Version: string; Dir: string };
-  expect(module.Version).toBe('v1.12.0');
+  expect(module.Version).toBe(version);
   return join(module.Dir, 'csi.proto');
 }
 

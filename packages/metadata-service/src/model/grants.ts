@@ -244,7 +244,7 @@ function supersede(
     throw new HoldfastError(
       'PUBLISHED_ELSEWHERE',
       `Volume ${volume.name} is published to ${current.nodeId}` +
-        `${current.accessMode === shared ? ', for reading by several nodes' : ''}` +
+        (current.accessMode === shared ? ', for reading by several nodes' : '') +
         `${current.ending ? ', which is being taken back' : ''}. Unpublish it there before it is published to ` +
         `${request.nodeId} as ${request.accessMode}.`,
     );

@@ -174,10 +174,12 @@ async function cut(core: Core, sessions: Sessions, group: GroupRecord, seconds: 
   const errors = results
     .filter((result) => result.status === 'rejected')
     .map(({ reason }) => reason as unknown);
-  const lost = errors.find((error) => error instanceof OrderFailed && expired.includes(error.code));
+  const lost = errors.find(
+    (error): error is OrderFailed => error instanceof OrderFailed && expired.includes(error.code),
+  );
   if (lost !== undefined) {
     await release(core, sessions, group, groupByHolder(open));
-    return await fail(core, group, `not all were cut while held: ${String(lost)}`);
+    return await fail(core, group, `not all were cut while held: ${lost.message}`);
   }
   if (errors.length > 0) throw errors[0];
 }

@@ -14,6 +14,24 @@ import { OrderFailed, type OrderBody, type Sessions } from './sessions.ts';
 
 /** A node that is away for this long, has a job and holds no volume is fenced, so that another can do the job. */
 const awayMs = 60_000;
+/**
+ * Answers of an engine that has ended its run of a job: another life may have it then. Every other error may come from an agent that
+ * does not know what an engine before it, or another run, still has in flight.
+ */
+const ended = new Set([
+  'HF_IO',
+  'HF_LEASE_EXPIRED',
+  'HF_CORRUPT',
+  'HF_NO_SPACE',
+  'HF_INVALID_ARGUMENT',
+  'HF_NOT_FOUND',
+  'HF_UNSUPPORTED',
+  'UNIMPLEMENTED',
+]);
+
+/** Orders at a time on a pool: each keeps an agent's disk busy. Those that cannot be given now do not count. */
+const maxOrders = 8;
+const orders = new WeakMap<Core, Map<string, number>>();
 
 export interface Job {
   pool: PoolRecord;
@@ -38,21 +56,35 @@ export async function runJob(core: Core, sessions: Sessions, job: Job): Promise<
   }
   try {
     const body = job.order(life.generation.toString());
-    const result = await sessions.order(life.nodeId, pool.uuid, body, job.timeoutMs);
+    const result = await inTurn(core, pool.uuid, () =>
+      sessions.order(life.nodeId, pool.uuid, body, job.timeoutMs),
+    );
     await core.decide((d) => {
       jobEnded(d, pool.uuid, what);
       job.done(d, result, life);
     });
   } catch (error) {
     if (!(error instanceof OrderFailed)) throw error;
-    // Without an answer it may still be at it.
-    if (error.code !== 'TIMEOUT' && error.code !== 'UNREACHABLE') {
+    if (ended.has(error.code)) {
       await core.decide((d) => {
         jobEnded(d, pool.uuid, what);
         job.failed?.(d, life);
       });
     }
     throw error;
+  }
+}
+
+async function inTurn<T>(core: Core, poolUuid: string, body: () => Promise<T>): Promise<T> {
+  const counts = orders.get(core) ?? new Map<string, number>();
+  orders.set(core, counts);
+  const running = (): number => counts.get(poolUuid) ?? 0;
+  while (running() >= maxOrders && !core.stopped.signal.aborted) await core.nextChange(1000);
+  counts.set(poolUuid, running() + 1);
+  try {
+    return await body();
+  } finally {
+    counts.set(poolUuid, running() - 1);
   }
 }
 

@@ -23,10 +23,8 @@ const sweepIntervalMs = 1000;
 const settleMs = 5;
 /** An operation that failed waits this long, doubling up to the maximum. */
 const retryMs = { first: 200, most: 5000 };
-/** Wipes at a time on a pool: each makes an agent discard slabs. */
-const maxWipes = 4;
-/** Jobs on layers at a time on a pool. */
-const maxLayerJobs = 8;
+/** Operations of one kind that are looked after at a time on a pool; jobs.ts says how many of them give orders. */
+const maxWaiting = 256;
 /** How often layers that nothing names are looked at: there may be many, and nobody waits for them. */
 const reclaimIntervalMs = 500;
 export const defaultStripIntervalMs = 30_000;
@@ -105,15 +103,14 @@ export class Operations {
   sweep(): void {
     const core = this.#core;
     const sessions = this.#sessions;
+    const pools = core.read((tx) => tables.pool.list(tx));
     const found = core.read((tx) => ({
-      pools: tables.pool.list(tx),
       fencing: tables.host.list(tx).filter((host) => host.state === 'FENCING' || host.state === 'CUTTING'),
       revoking: tables.revoking
         .entries(tx)
         .map(([parts]) => ({ uuid: parts[1] as string, hostId: Number(parts[2]) })),
       cuts: tables.cutting.list(tx).filter((cut) => cut.groupUuid === ''),
       groups: tables.grouping.entries(tx).map(([parts]) => parts[1] as string),
-      crossed: tables.pool.list(tx).filter((pool) => thresholdOf(pool) !== (pool.warnedPercent ?? 0)),
       orphans: tables.orphan
         .entries(tx)
         .filter(([, orphan]) => orphan.runs.length > 0)
@@ -121,12 +118,11 @@ export class Operations {
           poolUuid: parts[0] as string,
           life: { hostId: Number(parts[1]), generation: BigInt(parts[2] as string), nodeId: orphan.nodeId },
         })),
-      deleting: tables.pool
-        .list(tx)
-        .flatMap((pool) => tables.deleting.entries(tx, [pool.uuid], { limit: maxWipes }))
+      deleting: pools
+        .flatMap((pool) => tables.deleting.entries(tx, [pool.uuid], { limit: maxWaiting }))
         .map(([parts]) => parts[1] as string),
     }));
-    for (const pool of found.pools) {
+    for (const pool of pools) {
       const current =
         pool.claimed?.term === core.service.term && pool.claimed.incarnation === core.service.incarnation;
       const seen = sessions.all().some((session) => session.pools.has(pool.uuid));
@@ -154,7 +150,8 @@ export class Operations {
     for (const uuid of found.groups) {
       this.#ensure(`group ${uuid}`, () => cutGroup(core, sessions, uuid, this.#onCut));
     }
-    for (const pool of found.crossed) {
+    for (const pool of pools) {
+      if (thresholdOf(pool) === (pool.warnedPercent ?? 0)) continue;
       this.#ensure(`usage ${pool.uuid}`, async () => {
         const warning = await core.decide((d) => noteUsage(d, pool.uuid));
         if (warning !== undefined) core.logger.warn({ pool: pool.uuid }, warning);
@@ -168,7 +165,7 @@ export class Operations {
     for (const uuid of found.deleting) this.#ensure(`wipe ${uuid}`, () => wipeVolume(core, sessions, uuid));
     if (core.clock.monotonicMs() < this.#nextReclaimMs) return;
     this.#nextReclaimMs = core.clock.monotonicMs() + reclaimIntervalMs;
-    for (const pool of found.pools) this.#reclaim(pool.uuid);
+    for (const pool of pools) this.#reclaim(pool.uuid);
   }
 
   /** Layers that nothing names, and slabs that leave them. */
@@ -176,7 +173,7 @@ export class Operations {
     const core = this.#core;
     const sessions = this.#sessions;
     const { leaving, strips, works } = core.read((tx) => ({
-      leaving: tables.leaving.entries(tx, [poolUuid], { limit: maxLayerJobs }),
+      leaving: tables.leaving.entries(tx, [poolUuid], { limit: maxWaiting }),
       strips: tables.strip.entries(tx, [poolUuid]).map(([parts]) => BigInt(parts[1] as string)),
       works: reclaimable({ tx, pinned: (pool, id) => core.pinned(pool, id) }, poolUuid, core.clock.unixMs()),
     }));
@@ -189,10 +186,10 @@ export class Operations {
     const of = (type: ReclaimWork['type']): bigint[] =>
       works.filter((work) => work.type === type).map((work) => work.layerId);
     if (of('remove').length > 0) this.#ensure(`remove ${poolUuid}`, () => removeLayers(core, poolUuid));
-    for (const id of [...of('wipe'), ...of('tombstone')].slice(0, maxLayerJobs)) {
+    for (const id of [...of('wipe'), ...of('tombstone')].slice(0, maxWaiting)) {
       this.#ensure(`wipe ${poolUuid}/${id}`, () => wipeLayer(core, sessions, poolUuid, id));
     }
-    for (const id of [...strips, ...of('strip')].slice(0, maxLayerJobs)) {
+    for (const id of [...strips, ...of('strip')].slice(0, maxWaiting)) {
       this.#ensure(`strip ${poolUuid}/${id}`, () =>
         strip(core, sessions, poolUuid, id, this.#stripIntervalMs),
       );

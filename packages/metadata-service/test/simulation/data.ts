@@ -33,6 +33,8 @@ export interface OpenVolume {
   readonly epoch: bigint;
   readonly slot: number;
   readonly readOnly: boolean;
+  /** Opened for a cut only: nobody writes. */
+  readonly hasDevice: boolean;
   /** Its writable layer. */
   layerId: bigint;
   open: boolean;
@@ -97,7 +99,7 @@ export function difference(got: Content, wanted: Content, except: ReadonlySet<nu
 }
 
 /** As an engine opens it: by the pages of the slabs that it was told of. */
-export function openFrom(disk: Blocks, grant: Grant): OpenVolume {
+export function openFrom(disk: Blocks, grant: Grant, hasDevice: boolean): OpenVolume {
   const layers = grant.layers ?? [];
   const [top] = layers;
   const told = new Map<number, bigint>();
@@ -113,6 +115,7 @@ export function openFrom(disk: Blocks, grant: Grant): OpenVolume {
     epoch: BigInt(String(grant.epoch)),
     slot: grant.slot ?? 0,
     readOnly: grant.read_only === true,
+    hasDevice,
     layerId: BigInt(String(top?.layer_id)),
     open: true,
     inFlight: 0,

@@ -320,8 +320,8 @@ export class SimNode {
   readonly #returns: PendingReturn[] = [];
   /** Volumes held for a group, by its cut id. */
   readonly #holds = new Map<string, { volumes: OpenVolume[]; cancel: () => void }>();
-  /** Strips and wipes under way: a repeated order joins its first run. */
-  readonly #jobs = new Map<string, Promise<Partial<OrderResult>>>();
+  /** The end of the strips and wipes under way. */
+  #jobs: Promise<void> = Promise.resolve();
   #busy = new Set<string>();
   #seenSent = '';
 
@@ -559,7 +559,7 @@ export class SimNode {
     if (!engine.alive || engine.stopped || (this.#revoked.get(uuid) ?? -1n) >= epoch) return;
     if (!engine.canSubmit(world.clock.monotonicMs())) return;
     if (grant.read_only !== true && !this.#claimRecord(grant)) return; // HF_STALE
-    engine.volumes.set(uuid, this.#opened(grant));
+    engine.volumes.set(uuid, this.#opened(grant, true));
     await world.repeated(
       'VolumeOpened',
       { host: engine.host, volume_uuid: uuid, epoch: epoch.toString() },
@@ -591,9 +591,9 @@ export class SimNode {
   }
 
   /** The holder must be told of every slab that the volume has: what it does not know reads as zeros. */
-  #opened(grant: Grant): OpenVolume {
+  #opened(grant: Grant, hasDevice: boolean): OpenVolume {
     const { world } = this;
-    const volume = openFrom(world.disk, grant);
+    const volume = openFrom(world.disk, grant, hasDevice);
     const parent = grant.layers?.[1]?.layer_id;
     let wanted = world.contents.get(volume.uuid);
     if (wanted === undefined) {
@@ -685,7 +685,9 @@ export class SimNode {
     const { world } = this;
     const engine = this.engine;
     if (engine === undefined || !engine.canSubmit(world.clock.monotonicMs())) return;
-    const writable = [...engine.volumes.values()].filter((one) => one.open && !one.readOnly && !one.held);
+    const writable = [...engine.volumes.values()].filter(
+      (one) => one.open && one.hasDevice && !one.readOnly && !one.held,
+    );
     const volume = world.rng.pick(writable);
     const block = world.rng.below(blocksPerVolume);
     if (volume === undefined || volume.busy.has(block)) return;
@@ -795,7 +797,7 @@ export class SimNode {
     this.boots += 1;
     this.#busy = new Set();
     this.#forgetHolds();
-    this.#jobs.clear();
+    this.#jobs = Promise.resolve();
     this.#returns.length = 0;
     this.#revoked.clear();
     if (engine === undefined) return;
@@ -845,6 +847,8 @@ export class SimNode {
     if (order.revoke)
       return await this.#revoke(order.revoke.volume_uuid ?? '', BigInt(String(order.revoke.epoch)));
     const engine = this.engine;
+    const job = order.strip_layers ?? order.wipe_layers ?? order.wipe_volume ?? undefined;
+    if (job !== undefined && engine !== undefined) return await this.#doJob(engine, order, job);
     if (engine === undefined || !engine.canSubmit(clock.monotonicMs())) {
       return { error_code: 'UNAVAILABLE', error_message: 'not a live host.' };
     }
@@ -920,14 +924,20 @@ export class SimNode {
         slabs,
       );
     }
-    const job = order.strip_layers ?? order.wipe_layers ?? order.wipe_volume;
-    if (job === null || job === undefined) return { error_code: 'UNIMPLEMENTED', error_message: 'what?' };
-    if (String(job.generation) !== engine.generation.toString())
-      return { error_code: 'STALE', error_message: 'another life was meant.' };
-    const key = `${engine.generation} ${JSON.stringify(job)}`;
-    const running = this.#jobs.get(key) ?? this.#job(engine, order).finally(() => this.#jobs.delete(key));
-    this.#jobs.set(key, running);
-    return await running;
+    return { error_code: 'UNIMPLEMENTED', error_message: 'what?' };
+  }
+
+  /** One after another: a repeated order, which may name other slabs by now, does not meet its first run. */
+  async #doJob(engine: Engine, order: Order, job: { generation?: unknown }): Promise<Partial<OrderResult>> {
+    const begun = this.#jobs.then(async (): Promise<Partial<OrderResult>> => {
+      if (String(job.generation) !== engine.generation.toString())
+        return { error_code: 'STALE', error_message: 'another life was meant.' };
+      if (!engine.canSubmit(this.world.clock.monotonicMs()))
+        return { error_code: 'UNAVAILABLE', error_message: 'not a live host.' };
+      return await this.#job(engine, order);
+    });
+    this.#jobs = begun.then(() => undefined);
+    return await begun;
   }
 
   // ---------------------------------------------------------------------------------------------- cuts
@@ -978,7 +988,7 @@ export class SimNode {
       if (one.grant && !engine.volumes.has(uuid)) {
         if ((this.#revoked.get(uuid) ?? -1n) >= epoch || !this.#claimRecord(one.grant))
           return { error_code: 'STALE', error_message: 'a newer epoch is known.' };
-        engine.volumes.set(uuid, this.#opened(one.grant));
+        engine.volumes.set(uuid, this.#opened(one.grant, false));
         await clock.sleep(this.world.rng.below(100));
       }
       const volume = engine.volumes.get(uuid);
