@@ -335,7 +335,10 @@ export interface Pool {
   /** DESIGN section 4, deleting a snapshot: see StripLayers in metadata.proto. Frozen victims only. */
   stripLayers(victims: LayerSpec[], covers: LayerSpec[]): Promise<StripReport>;
   /** Frees and discards slabs that still name layer and generation; `tombstone`: the layers' records are deleted too. */
-  wipeLayers(layers: { layerId: bigint; slot: number; slabs: SlabRun[] }[], tombstone: boolean): Promise<void>;
+  wipeLayers(
+    layers: { layerId: bigint; slot: number; slabs: SlabRun[] }[],
+    tombstone: boolean,
+  ): Promise<void>;
   /** Ranges that any of `layers` (newest first) has data, zeros or holes for, merged, from `startingOffset` on. */
   readChanges(
     layers: LayerSpec[],

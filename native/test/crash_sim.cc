@@ -66,6 +66,13 @@ struct FrozenView {
   std::vector<std::vector<uint64_t>> values;  // per block: what it may hold for ever; fixed when read first
 };
 
+// A cut of an open volume that has not been answered. Until it is, any value that a block had when it began, or that was
+// written since, may be the snapshot's.
+struct PendingCut {
+  LayerSpec top;
+  FrozenView view;
+};
+
 struct SimVolume {
   enum class State { kClosed, kOpening, kOpen, kStopping };
   uint64_t id = 0;
@@ -84,6 +91,8 @@ struct SimVolume {
   uint64_t may_be_blocks = 0;  // what a cut-off growth may have made it
   bool growing = false;
   std::vector<FrozenView> frozen;
+  std::unique_ptr<PendingCut> cut;
+  bool cutting = false;       // the engine lives that was asked
   uint64_t next_layer = 1;
   uint64_t cursor = 0;        // of its sequential stream
 
@@ -227,6 +236,7 @@ struct World final : VolumeObserver {
 
   void open_volume(SimVolume& one) {
     const bool taking_over = one.must_take_over;
+    resolve_cut(one);
     if (taking_over) {
       // The grant may be the one that the killed engine had, or the service may have caught up.
       if (random.chance(500)) one.spec = one.opened_spec;
@@ -314,8 +324,10 @@ struct World final : VolumeObserver {
         const uint64_t value = one.id << 56 | o.id << 24 | (block + i);
         fill(o.buffer->data() + i * kBlock, value);
         cell.push_back({value, o.start, kOpenEnded, false, false});
+        if (one.cut != nullptr) one.cut->view.values[block + i].push_back(value);
       } else if (op == VolumeOp::kDiscard || op == VolumeOp::kWriteZeroes) {
         cell.push_back({0, o.start, kOpenEnded, false, false});
+        if (one.cut != nullptr) one.cut->view.values[block + i].push_back(0);
       } else if (op == VolumeOp::kRead) {
         o.readable.push_back(current_values(cell, o.start));
       }
@@ -514,6 +526,10 @@ struct World final : VolumeObserver {
     wait_for(one);
     while (one.growing) {
       if (!step()) fail("grow() never answered");
+    }
+    for (uint64_t guard = 0; one.cutting; guard++) {
+      if (guard > 2'000'000) fail("cut() never answered");
+      if (!step()) executor.advance(1'000'000);
     }
     one.state = SimVolume::State::kStopping;
     log("close volume %llu", (unsigned long long)one.id);
@@ -803,6 +819,61 @@ struct World final : VolumeObserver {
     log("snapshot of volume %llu: layer %llu on top", (unsigned long long)one.id, (unsigned long long)top.layer_id);
     one.frozen.push_back(std::move(view));
   }
+  // While requests are under way. What a dead engine was asked is settled by the record, when it is opened next.
+  void cut_volume(SimVolume& one) {
+    if (one.cut != nullptr || one.growing || one.spec.layers.size() >= max_layers) return;
+    one.cut = std::make_unique<PendingCut>();
+    PendingCut& cut = *one.cut;
+    cut.view.layers = one.spec.layers;
+    for (LayerSpec& layer : cut.view.layers) layer.frozen = true;
+    cut.view.size_bytes = one.size_blocks * kBlock;
+    now++;
+    for (uint64_t b = 0; b < one.size_blocks; b++) cut.view.values.push_back(current_values(one.cells[b], now));
+    cut.top.layer_id = one.id * 100 + one.next_layer++;
+    cut.top.slot = static_cast<uint32_t>(one.id + 8 * one.next_layer);
+    cut.top.parent_layer_id = one.spec.layers[0].layer_id;
+    cut.top.birth = one.next_layer;
+    one.cutting = true;
+    log("cut volume %llu: layer %llu on top", (unsigned long long)one.id, (unsigned long long)cut.top.layer_id);
+    SimVolume* target = &one;
+    one.volume->cut(cut.top, {}, 1'000'000'000, [this, target](Result<CutReport> result) {
+      target->cutting = false;
+      if (ignoring) return;
+      log("cut of volume %llu: %s", (unsigned long long)target->id, code_name(result.status.code));
+      if (result.ok()) {
+        online_cuts++;
+        cut_happened(*target);
+      } else if (result.status.code == Code::kIo || result.status.code == Code::kHoldExpired) {
+        if (result.status.code == Code::kIo && error_chance == 0) fail("cut: " + result.status.message);
+        target->cut.reset();  // before the commit: it did not happen
+      } else if (result.status.code != Code::kUnavailable) {
+        fail("cut: " + result.status.message);
+      }
+    });
+  }
+  void cut_happened(SimVolume& one) {
+    for (VolumeSpec* spec : {&one.spec, &one.opened_spec}) {
+      if (spec->layers.empty() || spec->layers[0].layer_id == one.cut->top.layer_id) continue;
+      spec->layers[0].frozen = true;
+      spec->layers.insert(spec->layers.begin(), one.cut->top);
+    }
+    one.frozen.push_back(std::move(one.cut->view));
+    one.cut.reset();
+  }
+  void resolve_cut(SimVolume& one) {
+    if (one.cut == nullptr) return;
+    one.cutting = false;
+    const uint64_t address = superblock.volume_table_offset + one.spec.slot * 2 * kBlock;
+    PageBuffer pair(2 * kBlock);
+    disk.peek(address, pair.data(), 2 * kBlock);
+    const Copies copies = choose_record(pair.at<VolumeRecord>(0), pair.at<VolumeRecord>(kBlock), kPoolUuid, address);
+    if (!copies.valid()) fail("the record of a volume that was cut is not usable");
+    if (pair.at<VolumeRecord>(static_cast<size_t>(copies.newest) * kBlock).top_layer_id == one.cut->top.layer_id) {
+      cut_happened(one);
+    } else {
+      one.cut.reset();
+    }
+  }
   void check_frozen(SimVolume& one) {
     for (FrozenView& view : one.frozen) {
       VolumeSpec spec = one.spec;
@@ -847,6 +918,7 @@ struct World final : VolumeObserver {
   // ---- the whole run
 
   void run() {
+    superblock.layer_slots = 512;  // each cut that is asked for takes one
     static const uint32_t kChunksPerSlab[] = {2, 3, 4, 8, 16, 256};
     chunks_per_slab = kChunksPerSlab[random.below(6)];
     max_chunks = chunks_per_slab >= 16 ? 64 : 16 + random.below(48);
@@ -917,6 +989,8 @@ struct World final : VolumeObserver {
         stop_volume(one);
       } else if (rare < 26) {
         grow_volume(one);
+      } else if (rare < 46 && max_layers > 1) {
+        cut_volume(one);
       } else if (one.outstanding < depth) {
         random_operation(one);
       } else {
@@ -982,7 +1056,7 @@ struct World final : VolumeObserver {
     }
   }
   void grow_volume(SimVolume& one) {
-    if (one.may_be_blocks != one.size_blocks || one.size_blocks + 20 > max_chunks * kBlocksPerChunk * 2) return;
+    if (one.cut != nullptr || one.may_be_blocks != one.size_blocks || one.size_blocks + 20 > max_chunks * kBlocksPerChunk * 2) return;
     const uint64_t blocks = one.size_blocks + 1 + random.below(20);
     log("grow volume %llu to %llu blocks", (unsigned long long)one.id, (unsigned long long)blocks);
     one.may_be_blocks = blocks;
@@ -1015,6 +1089,7 @@ struct World final : VolumeObserver {
   uint64_t operation_count = 0;
   uint64_t cuts = 0;
   uint64_t kills = 0;
+  uint64_t online_cuts = 0;
   uint64_t checks = 0;
   bool ignoring = false;
   bool errors_on = false;
@@ -1053,6 +1128,7 @@ CrashResult run_crash_seed(uint64_t seed, bool verbose) {
   result.operations = world->operation_count;
   result.cuts = world->cuts;
   result.kills = world->kills;
+  result.snapshots = world->online_cuts;
   result.checks = world->checks;
   result.emptied = world->emptied;
   if (!result.ok) (void)world.release();  // taken apart in mid-flight it could only hide the failure behind another

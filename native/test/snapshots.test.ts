@@ -63,7 +63,12 @@ async function cut(
 }
 
 /** A new volume on top of frozen layers. */
-function clone(r: Rig, volumeId: bigint, layers: LayerSpec[], overrides: Partial<VolumeSpec> = {}): VolumeSpec {
+function clone(
+  r: Rig,
+  volumeId: bigint,
+  layers: LayerSpec[],
+  overrides: Partial<VolumeSpec> = {},
+): VolumeSpec {
   const parent = layers[0] as LayerSpec;
   const own: LayerSpec = {
     layerId: 9000n + volumeId,
@@ -115,22 +120,43 @@ describe('a cut', () => {
       spec = done.spec;
     }
     await load;
-    console.log(`writes held for ${held.join(', ')} µs under fio`);
+    // The budget is 50 ms; a machine that does other things as well gets more.
+    expect(Math.min(...held)).toBeLessThan(250_000);
     // Still now: what a snapshot of this moment must show for ever.
-    await run('dd', ['if=/dev/urandom', `of=${device.devicePath}`, 'bs=1M', 'count=64', 'oflag=direct', 'status=none']);
+    await run('dd', [
+      'if=/dev/urandom',
+      `of=${device.devicePath}`,
+      'bs=1M',
+      'count=64',
+      'oflag=direct',
+      'status=none',
+    ]);
     const before = await sum(device.devicePath, 256n);
     spec = (await cut(r, engine, spec)).spec;
     expect(spec.layers).toHaveLength(6);
     await r.supply(engine);
-    await fio(device.devicePath, ['--rw=randwrite', '--bs=64k', '--size=96M', '--iodepth=8', '--verify=crc32c']);
-    await run('blkdiscard', ['--offset', String(128n * MiB), '--length', String(64n * MiB), device.devicePath]);
+    await fio(device.devicePath, [
+      '--rw=randwrite',
+      '--bs=64k',
+      '--size=96M',
+      '--iodepth=8',
+      '--verify=crc32c',
+    ]);
+    const zeroed = ['--zeroout', '--offset', String(128n * MiB), '--length', String(64n * MiB)];
+    await run('blkdiscard', [...zeroed, device.devicePath]);
     expect(await sum(device.devicePath, 256n)).not.toBe(before);
 
     const other = await r.otherHost();
     const copy = clone(r, 2n, spec.layers.slice(1));
     const opened = await r.open(other, copy);
     expect(await sum(opened.export.devicePath, 256n)).toBe(before);
-    await fio(opened.export.devicePath, ['--rw=randwrite', '--bs=4k', '--size=32M', '--iodepth=8', '--verify=crc32c']);
+    await fio(opened.export.devicePath, [
+      '--rw=randwrite',
+      '--bs=4k',
+      '--size=32M',
+      '--iodepth=8',
+      '--verify=crc32c',
+    ]);
     await r.close(other, copy);
 
     const records = await native().readLayerRecords(r.disk.path);
@@ -191,7 +217,9 @@ describe('a cut', () => {
       const done = await cut(r, successor, spec, next);
       spec = done.spec;
       const described = await successor.call<Described>('volume', r.pool.uuid, 1n);
-      expect(described.spec.layers.map((layer) => layer.layerId)).toEqual(spec.layers.map((layer) => layer.layerId));
+      expect(described.spec.layers.map((layer) => layer.layerId)).toEqual(
+        spec.layers.map((layer) => layer.layerId),
+      );
     }
     await watched;
     const last = engines.at(-1) as EngineProcess;
@@ -240,9 +268,18 @@ describe('a hold', () => {
     const { export: device } = await r.open(engine, spec);
     await fio(device.devicePath, ['--rw=write', '--bs=64k', '--size=8M']);
     await engine.call('volumeCall', r.pool.uuid, 1n, 'hold', 1000);
-    await expect(engine.call('volumeCall', r.pool.uuid, 1n, 'hold', 1000)).rejects.toMatchObject({ code: 'HF_BUSY' });
+    await expect(engine.call('volumeCall', r.pool.uuid, 1n, 'hold', 1000)).rejects.toMatchObject({
+      code: 'HF_BUSY',
+    });
     const begun = Date.now();
-    await run('dd', ['if=/dev/zero', `of=${device.devicePath}`, 'bs=4k', 'count=1', 'oflag=direct', 'conv=notrunc']);
+    await run('dd', [
+      'if=/dev/zero',
+      `of=${device.devicePath}`,
+      'bs=4k',
+      'count=1',
+      'oflag=direct',
+      'conv=notrunc',
+    ]);
     expect(Date.now() - begun).toBeGreaterThan(400);
     await expect(cut(r, engine, spec)).rejects.toMatchObject({ code: 'HF_HOLD_EXPIRED' });
     await engine.call('volumeCall', r.pool.uuid, 1n, 'release');
@@ -261,7 +298,14 @@ describe('readers', () => {
     const engine = await r.host();
     let spec = r.spec(1n, 64n * MiB);
     const { export: device } = await r.open(engine, spec);
-    await run('dd', ['if=/dev/urandom', `of=${device.devicePath}`, 'bs=1M', 'count=8', 'oflag=direct', 'status=none']);
+    await run('dd', [
+      'if=/dev/urandom',
+      `of=${device.devicePath}`,
+      'bs=1M',
+      'count=8',
+      'oflag=direct',
+      'status=none',
+    ]);
     const before = await sum(device.devicePath, 64n);
     spec = (await cut(r, engine, spec)).spec;
     const other = await r.otherHost();
@@ -275,7 +319,7 @@ describe('readers', () => {
       expect(await sum(opened.export.devicePath, 64n)).toBe(before);
       await expect(
         run('dd', ['if=/dev/zero', `of=${opened.export.devicePath}`, 'bs=4k', 'count=1', 'oflag=direct']),
-      ).rejects.toThrow();
+      ).rejects.toThrow(/read-only|not permitted|Input\/output/i);
     }
     // Longer than a lease: a reader goes on although there is no record of its.
     await sleep(r.pool.leaseMs / 2);
@@ -332,30 +376,27 @@ describe('a deleted snapshot', () => {
     expect(changed).toEqual({ ranges: [{ offset: 0n, length: 32n * MiB }], nextOffset: 0n });
 
     const other = await r.otherHost();
-    const job = async (): Promise<StripReport> =>
-      other.call<StripReport>('poolCall', r.pool.uuid, 'stripLayers', [middle], [{ ...topLayer, slabs: claimed }]);
-    let report = await job();
-    // What the last flush wrote is in one copy of its pages only; the next flush of those pages brings the other.
-    for (let i = 0; i < 5 && report.uses[0]?.liveBlocks !== 0n; i += 1) {
-      await write(48);
-      await run('sync', [device.devicePath]);
-      report = await job();
-    }
-    const changedSum = await sum(device.devicePath, 128n);
-    expect(changedSum).not.toBe(before);
+    const report = await other.call<StripReport>(
+      'poolCall',
+      r.pool.uuid,
+      'stripLayers',
+      [middle],
+      [{ ...topLayer, slabs: claimed }],
+    );
+    expect(await sum(device.devicePath, 128n)).toBe(before);
     expect(report.uses).toEqual([{ layerId: middle.layerId, liveBlocks: 0n, slabs: 0n }]);
     const count = (runs: { count: number }[]): number => runs.reduce((all, one) => all + one.count, 0);
     expect(count(report.emptied)).toBe(count(middle.slabs));
     await engine.call('volumeCall', r.pool.uuid, 1n, 'forgetSlabs', report.emptied);
     const wipe = [{ layerId: middle.layerId, slot: middle.slot, slabs: report.emptied }];
     await other.call('poolCall', r.pool.uuid, 'wipeLayers', wipe, false);
-    expect(await sum(device.devicePath, 128n)).toBe(changedSum);
+    expect(await sum(device.devicePath, 128n)).toBe(before);
     // A successor does not look for what was forgotten.
     await engine.kill();
     const successor = await r.engine();
     await successor.call<AdoptedPool[]>('adopt');
     await r.supply(successor);
-    expect(await sum(device.devicePath, 128n)).toBe(changedSum);
+    expect(await sum(device.devicePath, 128n)).toBe(before);
     await r.close(successor, spec);
     // Closed: the next grant does not name the layer, and it goes for good.
     await other.call('poolCall', r.pool.uuid, 'wipeLayers', wipe, true);

@@ -65,7 +65,6 @@ void VolumeImpl::cut(const LayerSpec& new_top, const SnapshotInfo& snapshot, uin
   for (PageIo& io : cut_->io) io.volume = this;
   if (repeated) {
     stage_ = HoldStage::kFrozen;
-    cut_->step = kEqualise;
     frozen_begin();
   } else {
     cut_read();
@@ -289,6 +288,13 @@ void VolumeImpl::cut_committed() {
   layers_.emplace_back();
   top().id = cut_->top.layer_id;
   top().map.resize((size_bytes_ + format::kChunkSize - 1) / format::kChunkSize);
+  // Slabs that count as the old layer's, though nothing is in them.
+  for (const Unclaimed& one : unclaimed_) {
+    if (!one.known) continue;
+    cut_->slabs.push_back({one.slab.slab, 1, one.slab.generation});
+    if (one.directory != PageArena::kNone) arena_->set_claim_state(one.directory, PageArena::ClaimState::kFree);
+  }
+  std::erase_if(unclaimed_, [](const Unclaimed& one) { return one.known; });
   // What stood in these is the old layer's business, and looked after by volume_frozen.cc.
   list_head_ = current_ = kNoIndex;
   current_cursor_ = 0;

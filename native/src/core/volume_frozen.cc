@@ -33,7 +33,17 @@ void VolumeImpl::frozen_begin() {
   if (cut_->repeated) cut_->report.frozen = spec_.layers[1];
   cut_->report.frozen.slabs.clear();
   cut_->cursor = 0;
-  frozen_post();
+  if (!cut_->repeated) return frozen_post();
+  // What was done when the cut was made is not done again: others may be at those pages by now.
+  cut_->step = kRecordLook;
+  frozen_read_record();
+}
+
+void VolumeImpl::frozen_read_record() {
+  cut_io(0, IoOp::kRead, layer_address(cut_->slot), 0, 2 * kPageSize, [](IoRequest* request, int error) {
+    static_cast<PageIo*>(request->user)->volume->frozen_io_done(error);
+  });
+  device_.submit(&cut_->io[0].io);
 }
 
 // Batches, each in a turn of its own, so that requests get the lock in between.
@@ -211,11 +221,8 @@ void VolumeImpl::frozen_io_done(int error) {
     report();
   } else if (cut_->step == kBarrier) {
     cut_->step = kRecordRead;
-    cut_io(0, IoOp::kRead, layer_address(cut_->slot), 0, 2 * kPageSize, [](IoRequest* request, int failed) {
-      static_cast<PageIo*>(request->user)->volume->frozen_io_done(failed);
-    });
-    device_.submit(&cut_->io[0].io);
-  } else if (cut_->step == kRecordRead) {
+    frozen_read_record();
+  } else if (cut_->step == kRecordLook || cut_->step == kRecordRead) {
     auto& a = cut_->pages->at<LayerRecord>(0);
     auto& b = cut_->pages->at<LayerRecord>(kPageSize);
     const uint64_t address = layer_address(cut_->slot);
@@ -224,6 +231,9 @@ void VolumeImpl::frozen_io_done(int error) {
     if (record.layer_id != layers_[cut_->layer].id || record.state != format::LayerState::kFrozen ||
         (record.header.flags & format::kLayerSettled) != 0) {
       report();
+    } else if (cut_->step == kRecordLook) {
+      cut_->step = kEqualise;
+      frozen_post();
     } else {
       for (uint32_t copy = 0; copy < 2; copy++) {
         auto& page = cut_->pages->at<LayerRecord>(copy * kPageSize);

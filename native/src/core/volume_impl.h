@@ -279,12 +279,14 @@ class VolumeImpl final : public Volume {
     Stage stage = Stage::kIdle;
     SlabStock::Slab slab;
     uint32_t directory = PageArena::kNone;
+    bool known = false;
     PageIo io;
     std::unique_ptr<PageBuffer> pages;
   };
   struct Unclaimed {
     SlabStock::Slab slab;
     uint32_t directory = PageArena::kNone;  // if the arena knows of it
+    bool known = false;  // the metadata service has it as the top layer's: a cut leaves it with that layer
   };
   struct Release {
     enum class Stage : uint8_t { kIdle, kWriteFirst, kWriteSecond, kDiscard };
@@ -312,6 +314,7 @@ class VolumeImpl final : public Volume {
   void start_release();
   void release_submit_page(uint32_t copy);
   void release_step(int error);
+  void keep_empty(uint32_t slab);  // locked
   format::SlabPage& seal_empty_page(std::byte* memory, const SlabStock::Slab& slab, uint64_t layer_id, uint32_t copy,
                                     uint64_t sequence);
   void settle_for_space();        // locked: flushes so that limbo and unsettled chunks become usable
@@ -417,11 +420,12 @@ class VolumeImpl final : public Volume {
   void cut_end(Status status);   // locked
 
   // ---- volume_frozen.cc
-  enum FrozenStep : uint32_t { kRetire, kRelease, kEqualise, kBarrier, kRecordRead, kRecordWrite, kReport };
+  enum FrozenStep : uint32_t { kRecordLook, kRetire, kRelease, kEqualise, kBarrier, kRecordRead, kRecordWrite, kReport };
   struct FrozenTask : Task {
     VolumeImpl* volume = nullptr;
   };
   void frozen_begin();           // locked
+  void frozen_read_record();     // locked
   void frozen_post();            // locked: the next batch
   void frozen_step();            // locked
   bool retire_some();            // locked: images and limbo of the frozen layer; false: more to do

@@ -22,7 +22,7 @@ void VolumeOpener::plan_reads() {
   for (uint32_t i = 0; arena != nullptr && i < arena->claim_count(); i++) {
     const PageArena::Claim claim = arena->claim(i);
     if (claim.state == PageArena::ClaimState::kFree) continue;
-    // What was not claimed to the end is as good for the top that is now as for the one that was then.
+    // What was not claimed to the end was never reported: as good for the top that is now as for the one that was then.
     Granted one{claim.slab, claim.generation, 0, i, claim.state == PageArena::ClaimState::kClaiming};
     for (uint32_t l = 0; l < spec_.layers.size() && !one.claiming; l++) {
       if (spec_.layers[l].layer_id == claim.layer_id) one.layer = l;
@@ -200,10 +200,7 @@ bool VolumeOpener::empty(const SlabPage& page) {
 
 void VolumeOpener::keep_unclaimed(const Granted& granted) {
   if (granted.layer != 0 || spec_.read_only) return;
-  if (granted.claim != PageArena::kNone) {
-    environment_.arena->set_claim_state(granted.claim, PageArena::ClaimState::kClaiming);
-  }
-  volume_->unclaimed_.push_back({{granted.slab, granted.generation}, granted.claim});
+  volume_->unclaimed_.push_back({{granted.slab, granted.generation}, granted.claim, !granted.claiming});
 }
 
 // Entries that make no sense although the page's check is right were never written by a correct engine.

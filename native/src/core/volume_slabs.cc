@@ -75,9 +75,11 @@ void VolumeImpl::claim_ahead() {
 void VolumeImpl::want_slab() {
   if (claim_.stage != Claim::Stage::kIdle || stock_waiting_ || state_ != State::kOpen || holding_) return;
   claim_.directory = PageArena::kNone;
+  claim_.known = false;
   if (!unclaimed_.empty()) {
     claim_.slab = unclaimed_.back().slab;
     claim_.directory = unclaimed_.back().directory;
+    claim_.known = unclaimed_.back().known;
     unclaimed_.pop_back();
   } else {
     const uint64_t near = current_ != kNoIndex ? slabs_[current_].number
@@ -163,7 +165,7 @@ void VolumeImpl::claim_step(int error) {
   if (state_ == State::kAborted || error != 0) {
     claim_.stage = Claim::Stage::kIdle;
     if (state_ != State::kAborted) {
-      unclaimed_.push_back({claim_.slab, claim_.directory});
+      unclaimed_.push_back({claim_.slab, claim_.directory, claim_.known});
       event(Code::kIo, "volume " + std::to_string(spec_.volume_id) + ": slab " + std::to_string(claim_.slab.slab) +
                            " could not be claimed: its page can't be " +
                            (stage == Claim::Stage::kRead ? "read" : "written") + " (errno " + std::to_string(error) +
@@ -372,6 +374,13 @@ void VolumeImpl::release_submit_page(uint32_t copy) {
   device_.submit(&io.io);
 }
 
+// One that can't be given back: the top claims it anew when it needs it, a layer that was the top just keeps it.
+void VolumeImpl::keep_empty(uint32_t index) {
+  Slab& slab = slabs_[index];
+  if (in_top(slab)) unclaimed_.push_back({{slab.number, slab.generation}, slab.claim, true});
+  else slab.state = SlabState::kLive;
+}
+
 void VolumeImpl::release_step(int error) {
   std::unique_lock lock(mu_);
   const uint32_t index = release_.slab;
@@ -380,7 +389,7 @@ void VolumeImpl::release_step(int error) {
   const bool writing = release_.stage != Release::Stage::kDiscard;
   const auto stop = [&] {
     if (in_top(slab)) top_slabs_--;
-    slabs_.remove(index);
+    if (slab.state == SlabState::kReleasing) slabs_.remove(index);
     release_.stage = Release::Stage::kIdle;
     if (state_ == State::kOpen) start_release();
     if (release_.stage == Release::Stage::kIdle && cut_ != nullptr && cut_->waits_release) {
@@ -394,9 +403,8 @@ void VolumeImpl::release_step(int error) {
   if (writing && error != 0) {
     event(Code::kIo, "volume " + std::to_string(spec_.volume_id) + ": the page of empty slab " +
                          std::to_string(slab.number) + " can't be written (errno " + std::to_string(error) +
-                         "); the slab stays with the volume. Check the pool's device");
-    if (slab.claim != PageArena::kNone) arena_->set_claim_state(slab.claim, PageArena::ClaimState::kClaiming);
-    unclaimed_.push_back({{slab.number, slab.generation}, slab.claim});
+                         "); the slab stays with its layer. Check the pool's device");
+    keep_empty(index);
     return stop();
   }
   if (release_.stage == Release::Stage::kWriteFirst) {
@@ -412,7 +420,7 @@ void VolumeImpl::release_step(int error) {
       slab.claim =
           arena_->add_claim({slab.number, slab.generation, layers_[slab.layer].id, PageArena::ClaimState::kReturned});
       if (slab.claim == PageArena::kNone) {
-        unclaimed_.push_back({{slab.number, slab.generation}, PageArena::kNone});
+        keep_empty(index);
         return stop();
       }
     }
