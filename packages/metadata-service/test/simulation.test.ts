@@ -7,7 +7,7 @@ import { simulate } from './simulation/run.ts';
 import type { SimClass } from './simulation/world.ts';
 
 const one = process.env['HOLDFAST_SIM_SEED'];
-const count = Number(process.env['HOLDFAST_SIM_SEEDS'] ?? 4);
+const count = Number(process.env['HOLDFAST_SIM_SEEDS'] ?? 3);
 const seeds = one === undefined ? Array.from({ length: count }, (_, n) => n + 1) : [Number(one)];
 
 describe.each<SimClass>(['FENCING_CLASS_LOOP', 'FENCING_CLASS_LEASE_ONLY'])('%s', (fencing) => {

@@ -1,5 +1,5 @@
 /** The invariants of DESIGN section 9 that the metadata service answers for, held against the simulated truth. */
-import { tables, type AuditEntry, type GrantRecord } from '../../src/model/records.ts';
+import { tables, type AuditEntry, type GrantRecord, type SnapshotRecord } from '../../src/model/records.ts';
 import { chainOf, isNameless } from '../../src/model/layers.ts';
 import { freeRuns, regionCount, slabsOf } from '../../src/model/slabs.ts';
 import { layerToWire } from '../../src/service/wire.ts';
@@ -24,6 +24,7 @@ export class Checks {
   granted = 0;
   readers = 0;
   snapshotsRead = 0;
+  groupsRead = 0;
   deaths = 0;
 
   constructor(world: World) {
@@ -171,7 +172,24 @@ export class Checks {
         if (wrong !== '')
           this.#world.violated(`snapshot ${snapshot.name} (layer ${snapshot.layerId}): ${wrong}`);
       }
+      for (const group of tables.group.list(tx)) {
+        if (group.state !== 'READY') continue;
+        this.#checkGroup(group.snapshotUuids.flatMap((uuid) => tables.snapshot.get(tx, uuid) ?? []));
+      }
     });
+  }
+
+  /** No member of a group has a write that began after one was acknowledged that another member does not have. */
+  #checkGroup(members: readonly SnapshotRecord[]): void {
+    const moments = members.map((one) => ({ name: one.name, ...this.#world.moments.get(one.layerId) }));
+    if (members.length > 1) this.groupsRead += 1;
+    for (const { name, lastIssuedMs = 0 } of moments) {
+      const early = moments.find((other) => (other.firstAckAfterMs ?? Infinity) < lastIssuedMs);
+      if (early === undefined) continue;
+      this.#world.violated(
+        `${name} has a write of ${lastIssuedMs} ms, and ${early.name} lacks one that was acknowledged at ${early.firstAckAfterMs} ms`,
+      );
+    }
   }
 
   /** Nothing is under way any more, and what is on record about layers agrees with itself. */

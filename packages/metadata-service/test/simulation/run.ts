@@ -22,6 +22,7 @@ export interface Outcome {
   slabsWiped: number;
   reads: number;
   snapshotsRead: number;
+  groupsRead: number;
 }
 
 export async function simulate(seed: number, fencing: SimClass): Promise<Outcome> {
@@ -71,6 +72,7 @@ export async function simulate(seed: number, fencing: SimClass): Promise<Outcome
     slabsWiped: world.slabsWiped,
     reads: world.reads,
     snapshotsRead: checks.snapshotsRead,
+    groupsRead: checks.groupsRead,
   };
 }
 
@@ -341,7 +343,7 @@ class SnapshotLife {
       await clock.sleep(1000 + rng.below(10_000));
       const [a, b] = [rng.pick(this.#lives)?.uuid ?? '', rng.pick(this.#lives)?.uuid ?? ''];
       const name = `snap-${++this.#made}`;
-      if (a !== '' && rng.chance(0.15)) {
+      if (a !== '' && rng.chance(0.25)) {
         const made = await this.#try<{ snapshots?: Snapshot[] }>('CreateSnapshotGroup', {
           name,
           source_volume_uuids: [...new Set([a, b].filter((uuid) => uuid !== ''))],

@@ -107,6 +107,11 @@ export class World {
   /** What is in each volume, by the writes that landed; and in each layer when it froze. */
   readonly contents = new Map<string, Map<number, number>>();
   readonly frozen = new Map<bigint, Content>();
+  /** By frozen layer, for groups: when the last write in it was issued, and the first one after it acknowledged. */
+  readonly moments = new Map<bigint, { lastIssuedMs: number; firstAckAfterMs: number }>();
+  /** By volume: when the newest write that landed was issued; and the newest frozen layer. */
+  readonly lastIssuedMs = new Map<string, number>();
+  readonly lastFrozen = new Map<string, bigint>();
   cuts = 0;
   stripped = 0;
   forgotten = 0;
@@ -696,6 +701,7 @@ export class SimNode {
     const { layerId } = volume;
     const { generation } = volume.own.get(slab) as { generation: bigint };
     const version = ++world.versions;
+    const issuedMs = world.clock.monotonicMs();
     volume.busy.add(block);
     volume.inFlight += 1;
     void this.#land(engine, world.rng.chance(0.1) ? drainMs : 10, () => {
@@ -715,6 +721,10 @@ export class SimNode {
       page.blocks.add(block);
       world.disk.data.get(slab)?.set(block, version);
       world.contents.get(volume.uuid)?.set(block, version);
+      world.lastIssuedMs.set(volume.uuid, Math.max(issuedMs, world.lastIssuedMs.get(volume.uuid) ?? 0));
+      const moment = world.moments.get(world.lastFrozen.get(volume.uuid) ?? 0n);
+      if (moment !== undefined)
+        moment.firstAckAfterMs = Math.min(moment.firstAckAfterMs, world.clock.monotonicMs());
       volume.map.set(block, slab);
     }).then(() => {
       volume.busy.delete(block);
@@ -1030,6 +1040,11 @@ export class SimNode {
     const record = world.disk.records.get(volume.uuid) as RecordOnDisk;
     world.cuts += 1;
     world.frozen.set(volume.layerId, new Map(world.contents.get(volume.uuid)));
+    world.lastFrozen.set(volume.uuid, volume.layerId);
+    world.moments.set(volume.layerId, {
+      lastIssuedMs: world.lastIssuedMs.get(volume.uuid) ?? 0,
+      firstAckAfterMs: Infinity,
+    });
     world.disk.records.set(volume.uuid, { ...record, top });
     for (const [slab, { generation }] of volume.own) {
       if (world.disk.pages.get(slab)?.layerId === volume.layerId) volume.told.set(slab, generation);
