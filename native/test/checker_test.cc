@@ -241,6 +241,49 @@ TEST_F(CheckerTest, CopiesThatDifferAreDamageOnlyAfterACleanClose) {
   EXPECT_TRUE(check().findings.empty()) << "closed, but not cleanly";
 }
 
+TEST_F(CheckerTest, AFrozenLayersCopiesMayDifferUntilItIsSettledAndAfterThatByStrippingOnly) {
+  write_slab(3, 1, mapped(30, 40, {10, 500, 501}), 6);
+  EXPECT_TRUE(check().findings.empty()) << "a crash right after the cut leaves this";
+  format::LayerRecord settled = layer_record(30, 0, 40, LayerState::kFrozen);
+  settled.header.flags = format::kLayerSettled;
+  ASSERT_OK(write_layer_record(device, s, 1, settled));
+  EXPECT_TRUE(finds("slab-copies-differ", Severity::kWarning, "its layer is frozen"));
+  SlabPage stripped = mapped(30, 40, {10, 500});
+  stripped.entries[0].data = 0x000f;
+  stripped.entries[1] = {format::kNoChunk, 0, 0};
+  write_slab(3, 0, mapped(30, 40, {10, 500}), 7);
+  write_slab(3, 1, stripped, 8);
+  EXPECT_TRUE(finds("slab-copies-differ", Severity::kInfo, "stripped"));
+  damage(slab_page_offset(s, 3));
+  EXPECT_TRUE(finds("slab-page-copy-bad", Severity::kWarning));
+}
+
+TEST_F(CheckerTest, VolumesShareLayersAndAFoldedOneStaysInTheChain) {
+  ASSERT_OK(write_layer_record(device, s, 1, layer_record(30, 0, 40, LayerState::kFolded)));
+  for (int twice = 0; twice < 2; twice++) {
+    ASSERT_OK(write_volume_record(device, s, 6, volume_record(60, 61, 7, VolumeState::kClosed)));
+    ASSERT_OK(write_layer_record(device, s, 9, layer_record(61, 30, 60, LayerState::kWritable)));
+  }
+  write_slab(4, mapped(61, 60, {10}), 5);
+  const CheckReport report = check();
+  EXPECT_TRUE(report.findings.empty()) << report.findings[0].message;
+  EXPECT_EQ(report.slabs_claimed + report.slabs_free, report.pool.slab_count);
+}
+
+TEST_F(CheckerTest, AnInterruptedCutAndALayerThatNobodyNeedsAreInfo) {
+  // The new top's record is there, the volume's record is still the old one's.
+  ASSERT_OK(write_layer_record(device, s, 9, layer_record(60, 41, 40, LayerState::kWritable)));
+  EXPECT_TRUE(finds("layer-unused", Severity::kInfo, "a cut was interrupted"));
+  ASSERT_OK(write_layer_record(device, s, 2, layer_record(41, 30, 40, LayerState::kFrozen)));
+  EXPECT_TRUE(finds("layer-unused", Severity::kInfo, "a cut was interrupted")) << "the old top may say frozen already";
+  ASSERT_OK(write_layer_record(device, s, 9, layer_record(60, 0, 40, LayerState::kFrozen)));
+  EXPECT_TRUE(finds("layer-unused", Severity::kInfo, "no named snapshot"));
+  format::LayerRecord named = layer_record(60, 0, 40, LayerState::kFrozen);
+  ASSERT_TRUE(set_field(named.snapshot_name, "kept"));
+  ASSERT_OK(write_layer_record(device, s, 9, named));
+  EXPECT_TRUE(check().findings.empty());
+}
+
 TEST_F(CheckerTest, NamesAChunkMappedTwiceWithBothPlaces) {
   write_slab(2, mapped(41, 40, {20, 11}), 5);
   EXPECT_TRUE(finds("chunk-mapped-twice", Severity::kError, "volume bytes 720896 to 786432"));

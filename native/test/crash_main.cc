@@ -50,9 +50,8 @@ int main(int argc, char** argv) {
   }
   const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begun).count();
   std::printf(
-      "seeds %llu..%llu: %llu failed, %llu operations, %llu power cuts, %llu kills, %llu snapshots of open volumes, %llu slabs given back, %llu blocks "
-      "checked, "
-      "%.1f s\n",
+      "seeds %llu..%llu: %llu failed, %llu operations, %llu power cuts, %llu kills, %llu snapshots of open volumes, "
+      "%llu slabs given back, %llu blocks checked, %.1f s\n",
       first, last, failed, static_cast<unsigned long long>(total.operations),
       static_cast<unsigned long long>(total.cuts), static_cast<unsigned long long>(total.kills),
       static_cast<unsigned long long>(total.snapshots),

@@ -204,7 +204,7 @@ describe('a cluster on a real disk', () => {
         `csi-sanity (${accessType}): ${result.passed.length} passed, ${result.failed.length} failed, ${result.skipped.length} skipped\n`,
       );
       expect(result.failed).toEqual([]);
-      expect(result.passed.length).toBeGreaterThanOrEqual(82);
+      expect(result.passed.length).toBeGreaterThanOrEqual(87);
       const documented = await readFile(documentation, 'utf8');
       expect(result.skipped.filter(({ name }) => !documented.includes(`\`${name}\``))).toEqual([]);
     },
