@@ -83,10 +83,14 @@ async function freshSection() {
   console.log('Writing the disk for first writes all over…');
   sh('dd', 'if=/dev/zero', `of=${join(home, 'disk.img')}`, 'bs=4M', `count=${(3 * bytes) / (4 << 20)}`, 'oflag=direct', 'conv=fsync', 'status=none');
   const cluster = await startCluster(home, { nodes: 1, size: '1G' });
+  // The setting outlives the disk: whoever gets the loop device next would have it too.
+  const setting = `/sys/block/${basename(cluster.state.disk.device)}/queue/discard_max_bytes`;
+  const before = readFileSync(setting, 'utf8').trim();
   try {
-    writeFileSync(`/sys/block/${basename(cluster.state.disk.device)}/queue/discard_max_bytes`, '0');
+    writeFileSync(setting, '0');
     return await firstWrites(cluster, bytes);
   } finally {
+    writeFileSync(setting, before);
     await cluster.close();
   }
 }
