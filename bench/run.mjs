@@ -2,7 +2,7 @@
 // time, memory and space. Prints tables and writes bench/results/latest.json. BENCH_QUICK=1 makes a short, rough run.
 import { cpus, totalmem, tmpdir } from 'node:os';
 import { mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
-import { basename, dirname, join } from 'node:path';
+import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { call } from '../packages/common/dist/index.js';
 import { attach, destroy, openVolumeInfo, stage, startCluster, unstage } from './cluster.mjs';
@@ -73,46 +73,42 @@ async function fioSection(cluster) {
 
 /**
  * First writes to a fresh thin volume against rewrites of the same blocks, A B A B. On a disk of its own that is written all
- * over beforehand and cannot discard, as a LUN is: on the sparse file of the other sections a first write would also wait for
- * the file system below to allocate the file's blocks.
+ * over beforehand, as a LUN is, and of which no slab is used twice: on a sparse file, or after a slab's discard, a first write
+ * would also wait for the file system below to allocate the file's blocks.
  */
 async function freshSection() {
-  const bytes = (quick ? 0.5 : 2) * GiB;
-  const home = join(directory, 'fresh');
-  mkdirSync(home);
-  console.log('Writing the disk for first writes all over…');
-  sh('dd', 'if=/dev/zero', `of=${join(home, 'disk.img')}`, 'bs=4M', `count=${(3 * bytes) / (4 << 20)}`, 'oflag=direct', 'conv=fsync', 'status=none');
-  const cluster = await startCluster(home, { nodes: 1, size: '1G' });
-  // The setting outlives the disk: whoever gets the loop device next would have it too.
-  const setting = `/sys/block/${basename(cluster.state.disk.device)}/queue/discard_max_bytes`;
-  const before = readFileSync(setting, 'utf8').trim();
-  try {
-    writeFileSync(setting, '0');
-    return await firstWrites(cluster, bytes);
-  } finally {
-    writeFileSync(setting, before);
-    await cluster.close();
-  }
-}
-
-async function firstWrites(cluster, bytes) {
+  const bytes = (quick ? 0.5 : 1) * GiB;
   const cases = {
     'sequential-1m': { rw: 'write', bs: '1m', iodepth: 8 },
     'random-4k': { rw: 'randwrite', bs: '4k', iodepth: 32 },
   };
+  const times = Math.max(3, rounds - 2);
+  const home = join(directory, 'fresh');
+  mkdirSync(home);
+  console.log('Writing the disk for first writes all over…');
+  const diskBytes = bytes * (times * 2 + 1);
+  sh('dd', 'if=/dev/zero', `of=${join(home, 'disk.img')}`, 'bs=4M', `count=${diskBytes / (4 << 20)}`, 'oflag=direct', 'conv=fsync', 'status=none');
+  const cluster = await startCluster(home, { nodes: 1, size: '1G' });
+  try {
+    return await firstWrites(cluster, bytes, cases, times);
+  } finally {
+    await cluster.close();
+    rmSync(home, { recursive: true, force: true });
+  }
+}
+
+async function firstWrites(cluster, bytes, cases, times) {
   const results = [];
   for (const [name, workload] of Object.entries(cases)) {
     const first = [];
     const again = [];
-    for (let round = 0; round < Math.max(3, rounds - 2); round++) {
+    for (let round = 0; round < times; round++) {
       const volume = await attach(cluster, 1, directory, `bench-fresh-${name}-${round}`, bytes);
       // The same number of 4 KiB writes in both: an eighth of the blocks, in random order, each once.
       const extra = name === 'random-4k' ? ['--norandommap=0', '--io_size=' + String(bytes / 8), '--randseed=7', '--allrandrepeat=1'] : [];
       first.push(fio(volume.device, workload, { seconds: 0, bytes, extra }));
       again.push(fio(volume.device, workload, { seconds: 0, bytes, extra }));
       await unstage(cluster, volume);
-      await destroy(cluster, volume);
-      await allDeleted(cluster);
     }
     const row = { workload: name, first: { iops: median(first.map((r) => r.iops)) }, rewrite: { iops: median(again.map((r) => r.iops)) } };
     row.ratio = median(first.map((r, i) => r.iops / again[i].iops));
