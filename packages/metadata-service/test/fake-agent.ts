@@ -531,10 +531,12 @@ export class FakeAgent {
         ];
         disk.names.set(frozen.layer_id, cut.snapshot_name);
       }
-      const old = record.layers[1] as RecordPage['layers'][number];
+      const old = record.layers.at(1);
+      if (old === undefined) throw new Error('no layer was frozen');
       const open = this.open.get(uuid);
-      if (open !== undefined && open.layers[0]?.layer_id !== top.layer_id) {
-        open.layers = [top, { ...(open.layers[0] as Layer__Output), frozen: true }, ...open.layers.slice(1)];
+      const before = open?.layers.at(0);
+      if (open !== undefined && before !== undefined && before.layer_id !== top.layer_id) {
+        open.layers = [top, { ...before, frozen: true }, ...open.layers.slice(1)];
       }
       volumes.push({
         volume_uuid: uuid,

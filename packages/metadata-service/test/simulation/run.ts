@@ -178,7 +178,8 @@ class VolumeLife {
       const publishId = await this.#publish(uuid, node);
       node.wanted.set(uuid, publishId);
       this.doing = `waiting for ${node.nodeId} to open it`;
-      const opened = await this.#opened(uuid, node, winding ? Infinity : 20_000);
+      // An unpublish of the storm may arrive late and end this publication: then the next round has to succeed.
+      const opened = await this.#opened(uuid, node, winding ? 60_000 : 20_000);
       await clock.sleep(rng.below(30_000));
       if (winding && opened) this.proved = true;
       // Gracefully, or while it is in use; the kubelet of a dead node tells nobody.
