@@ -600,5 +600,37 @@ TEST(DataHazard, AHalfWrittenFirstClaimIsNotTakenForDamage) {
   EXPECT_TRUE(bench.reads(0, kBlock, 1));
 }
 
+// Tears the `nth` write (from 0) to the page pair of slab 0 and fails it, as when the power goes in the middle of it.
+void tear_page_write(Bench& bench, uint32_t nth) {
+  bench.errors.set_judge([&bench, nth, seen = uint32_t{0}](const IoRequest& request) mutable {
+    const bool page = request.offset >= bench.page_address(0, 0) && request.offset <= bench.page_address(0, 1);
+    if (request.op != IoOp::kWrite || !page || seen++ != nth) return ErrorDevice::Verdict{};
+    std::vector<std::byte> torn(kBlock);
+    std::memcpy(torn.data(), request.iov[0].iov_base, kBlock / 2);
+    bench.raw_write(request.offset, torn.data(), kBlock);
+    return ErrorDevice::Verdict{EIO, false};
+  });
+}
+
+TEST(DataHazard, AClaimThatIsMadeAgainLeavesOneCopyWhole) {
+  Bench bench(kMiB, 1);
+  ASSERT_TRUE(bench.open().ok());
+  tear_page_write(bench, 1);
+  EXPECT_EQ(bench.write(0, kBlock, 1), EIO);
+  ASSERT_TRUE(bench.abort().ok());
+  bench.spec.layers[0].slabs = {{0, 1, 1}};  // found by its page
+  bench.spec.epoch++;
+  ASSERT_TRUE(bench.open().ok());
+  tear_page_write(bench, 0);
+  EXPECT_EQ(bench.write(0, kBlock, 2), EIO);
+  bench.errors.set_judge(nullptr);
+  ASSERT_TRUE(bench.abort().ok());
+  bench.spec.epoch++;
+  const Status status = bench.open();
+  ASSERT_TRUE(status.ok()) << status.message;
+  ASSERT_EQ(bench.write(0, kBlock, 3), 0);
+  EXPECT_TRUE(bench.reads(0, kBlock, 3));
+}
+
 }  // namespace
 }  // namespace holdfast::test

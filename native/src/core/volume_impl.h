@@ -275,8 +275,9 @@ class VolumeImpl final : public Volume {
 
   // ---- volume_slabs.cc
   struct Claim {
-    enum class Stage : uint8_t { kIdle, kRead, kWriteA, kWriteB };
+    enum class Stage : uint8_t { kIdle, kRead, kWriteFirst, kWriteSecond };
     Stage stage = Stage::kIdle;
+    uint32_t first = 0;  // the copy that is written first: never the one that serves
     SlabStock::Slab slab;
     uint32_t directory = PageArena::kNone;
     bool known = false;

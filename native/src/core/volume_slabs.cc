@@ -198,18 +198,22 @@ void VolumeImpl::claim_step(int error) {
         flush_number_ = std::max(flush_number_, page.header.sequence);
       }
     }
+    // A claim that was cut off before has left one copy torn perhaps: the other one stays until that is whole.
+    const Copies copies = choose_slab(claim_.pages->at<SlabPage>(0), claim_.pages->at<SlabPage>(kPageSize),
+                                      environment_.pool, page_offset(claim_.slab.slab, 0));
+    claim_.first = static_cast<uint32_t>(copies.next());
     flush_number_++;
     arena_->raise_flush_number(flush_number_);
     for (uint32_t copy = 0; copy < 2; copy++) {
       seal_empty_page(claim_.pages->data() + size_t{copy} * kPageSize, claim_.slab, top().id, copy, flush_number_);
     }
-    claim_.stage = Claim::Stage::kWriteA;
-    claim_submit(IoOp::kWrite, 0, 1);
+    claim_.stage = Claim::Stage::kWriteFirst;
+    claim_submit(IoOp::kWrite, claim_.first, 1);
     return unlock(lock);
   }
-  if (stage == Claim::Stage::kWriteA) {
-    claim_.stage = Claim::Stage::kWriteB;
-    claim_submit(IoOp::kWrite, 1, 1);
+  if (stage == Claim::Stage::kWriteFirst) {
+    claim_.stage = Claim::Stage::kWriteSecond;
+    claim_submit(IoOp::kWrite, 1 - claim_.first, 1);
     return unlock(lock);
   }
   claim_.stage = Claim::Stage::kIdle;
