@@ -632,5 +632,51 @@ TEST(DataHazard, AClaimThatIsMadeAgainLeavesOneCopyWhole) {
   EXPECT_TRUE(bench.reads(0, kBlock, 3));
 }
 
+// Killed while the second copy of a claim was on its way: it may be in the device's cache only.
+TEST(DataHazard, AClaimThatWasCutOffIsMadeAgainBeforeDataGoesIn) {
+  Bench bench(kMiB, 1);
+  ASSERT_TRUE(bench.open().ok());
+  bench.errors.set_judge([&](const IoRequest& request) {
+    const bool second = request.op == IoOp::kWrite && request.offset == bench.page_address(0, 1);
+    return ErrorDevice::Verdict{second ? EIO : 0, true};
+  });
+  EXPECT_EQ(bench.write(0, kBlock, 1), EIO);
+  bench.kill();
+  ASSERT_TRUE(bench.open(true).ok());
+  std::vector<std::string> order;
+  bench.errors.set_judge([&](const IoRequest& request) {
+    if (request.op == IoOp::kWrite) {
+      const bool page = request.offset < bench.superblock.first_region_offset + format::kRegionPagesSize;
+      order.push_back(!page ? "data" : request.fua ? "durable page" : "page");
+    }
+    return ErrorDevice::Verdict{};
+  });
+  ASSERT_EQ(bench.write(0, kBlock, 2), 0);
+  EXPECT_EQ(order, (std::vector<std::string>{"durable page", "durable page", "data"}));
+}
+
+// Killed between taking a slab from the stock and looking at its page: the slab was somebody else's all along.
+TEST(DataHazard, AClaimOfASlabThatIsSomebodyElsesDoesNotKeepTheVolumeFromOpening) {
+  Bench bench(kMiB, 1);
+  ASSERT_TRUE(bench.open().ok());
+  bench.errors.set_judge([](const IoRequest& request) {
+    return ErrorDevice::Verdict{request.op == IoOp::kRead ? EIO : 0, false};
+  });
+  EXPECT_EQ(bench.write(0, kBlock, 1), EIO);
+  bench.errors.set_judge(nullptr);
+  bench.kill();
+  for (uint32_t copy = 0; copy < 2; copy++) {
+    const SlabPage theirs = page_of(bench, 0, copy, 1, 77, 9);
+    bench.raw_write(bench.page_address(0, copy), &theirs, sizeof theirs);
+  }
+  const Status status = bench.open(true);
+  ASSERT_TRUE(status.ok()) << status.message;
+  bench.stock.add(1, 1, 1);
+  ASSERT_EQ(bench.write(0, kBlock, 2), 0);
+  EXPECT_TRUE(bench.observer.has_event("it is left alone"));
+  EXPECT_EQ(bench.page(0, 0).layer_id, 77u);
+  EXPECT_EQ(bench.page(0, 1).layer_id, 77u);
+}
+
 }  // namespace
 }  // namespace holdfast::test

@@ -594,6 +594,28 @@ TEST(VolumeCut, CoverageNeverShrinksInAnyPageThatReachesTheDisk) {
   }
 }
 
+// The service has the slab as the old top's, from an earlier opening that never came to use it.
+TEST(VolumeCut, ASlabOfTheOldTopStaysWithItAlthoughAnotherClaimOfItWasCutOff) {
+  CutBench bench(kMiB, 0);
+  bench.books[50][0] = 1;
+  bench.spec.layers[0].slabs = {{0, 1, 1}};
+  ASSERT_TRUE(bench.open().ok());
+  bench.errors.set_judge([&](const IoRequest& request) {
+    return ErrorDevice::Verdict{request.op == IoOp::kWrite ? EIO : 0, false};
+  });
+  EXPECT_EQ(bench.write(0, kBlock, 1), EIO);
+  bench.errors.set_judge(nullptr);
+  bench.kill();
+  ASSERT_TRUE(bench.open(true).ok());
+  bench.stock.add(1, 1, 1);
+  ASSERT_TRUE(bench.cut().ok());
+  ASSERT_EQ(bench.write(0, kBlock, 2), 0);
+  EXPECT_EQ(bench.page(1, 0).layer_id, 51u);
+  EXPECT_NE(bench.page(0, 0).layer_id, 51u);
+  ASSERT_TRUE(bench.reopen().ok());
+  EXPECT_TRUE(bench.reads(0, kBlock, 2));
+}
+
 // Somebody may have read it, and stripped an older layer against it.
 TEST(VolumeCut, APageThatReachedTheDiskAlthoughItsFlushFailedIsNotWrittenOver) {
   CutBench bench(kMiB);

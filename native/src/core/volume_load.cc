@@ -39,8 +39,14 @@ void VolumeOpener::plan_reads() {
   for (uint32_t l = 0; l < spec_.layers.size(); l++) {
     for (const SlabRun& run : spec_.layers[l].slabs) {
       for (uint64_t slab = run.first; slab < run.first + run.count; slab++) {
-        if (auto claim = claims.find(slab); claim != claims.end() && claim->second.generation >= run.generation)
+        if (auto claim = claims.find(slab); claim != claims.end() && claim->second.generation >= run.generation) {
+          // Claimed once more when the engine was killed, but the service has it as this layer's all the same.
+          if (claim->second.claiming && claim->second.generation == run.generation) {
+            claim->second.layer = l;
+            claim->second.known = true;
+          }
           continue;
+        }
         if (auto gone = returned_.find(slab); gone != returned_.end() && gone->second >= run.generation) continue;
         granted_.push_back({slab, run.generation, l, PageArena::kNone, false});
       }
@@ -132,8 +138,9 @@ void VolumeOpener::have_pair(const Granted& granted, const SlabPage& a, const Sl
   // A cut is committed only when its layer's pages are durable: an image of a layer below the top has nothing to add.
   const bool has_image =
       granted.layer == 0 && image != images_.end() && image->second.generation == granted.generation;
-  // The arena says that the claim was never completed: whatever its pages look like, there is no data yet.
-  if (granted.claiming && !copies.valid() && !has_image) return keep_unclaimed(granted);
+  // The arena says that the claim was never completed: whatever its pages look like, there is no data yet. It is made
+  // again from the start, which finds out whether the slab is ours at all and has both copies durable.
+  if (granted.claiming && !has_image) return keep_unclaimed(granted);
   if (copies.bad() && !has_image) {
     // Named once the rest is known: what is not mapped elsewhere may have been here.
     bad_slabs_.push_back(slab_name + " (layer " + std::to_string(spec_.layers[granted.layer].layer_id) +
@@ -154,7 +161,6 @@ void VolumeOpener::have_pair(const Granted& granted, const SlabPage& a, const Sl
     if (!has_image) return keep_unclaimed(granted);
     return fail(Code::kCorrupt, slab_name + " has changes in memory but no valid page on the disk");
   }
-  if (granted.claiming && !has_image && empty(*newest)) return keep_unclaimed(granted);
   if (newest->layer_id != layer.layer_id) {
     return fail(Code::kCorrupt, slab_name + " is granted as layer " + std::to_string(layer.layer_id) +
                                     "'s, but its page names layer " + std::to_string(newest->layer_id) +
@@ -200,7 +206,7 @@ bool VolumeOpener::empty(const SlabPage& page) {
 
 void VolumeOpener::keep_unclaimed(const Granted& granted) {
   if (granted.layer != 0 || spec_.read_only) return;
-  volume_->unclaimed_.push_back({{granted.slab, granted.generation}, granted.claim, !granted.claiming});
+  volume_->unclaimed_.push_back({{granted.slab, granted.generation}, granted.claim, !granted.claiming || granted.known});
 }
 
 // Entries that make no sense although the page's check is right were never written by a correct engine.

@@ -31,6 +31,7 @@ class VolumeOpener {
     uint32_t layer = 0;     // index in the grant, newest first: 0 is the top
     uint32_t claim = PageArena::kNone;
     bool claiming = false;  // the arena says: its claim may not be complete
+    bool known = false;     // but the grant names it as well
   };
   struct Read {
     IoRequest io;
