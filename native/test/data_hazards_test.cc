@@ -678,5 +678,24 @@ TEST(DataHazard, AClaimOfASlabThatIsSomebodyElsesDoesNotKeepTheVolumeFromOpening
   EXPECT_EQ(bench.page(0, 1).layer_id, 77u);
 }
 
+// What the record says may be in the cache only, after a write of unknown outcome. Were the other copy written over at
+// once and torn by a power cut, an epoch would be lost.
+TEST(DataHazard, TheRecordThatWasReadIsDurableBeforeTheOtherCopyIsWrittenOver) {
+  for (const bool taking_over : {false, true}) {
+    Bench bench(kMiB);
+    ASSERT_TRUE(bench.open().ok());
+    if (taking_over) bench.kill();
+    else ASSERT_TRUE(bench.abort().ok());
+    std::string order;
+    bench.errors.set_judge([&](const IoRequest& request) {
+      if (order.size() < 3) order += "RWFD"[static_cast<int>(request.op)];
+      return ErrorDevice::Verdict{};
+    });
+    bench.spec.epoch += taking_over ? 0 : 1;
+    ASSERT_TRUE(bench.open(taking_over).ok());
+    EXPECT_EQ(order, "RFW");
+  }
+}
+
 }  // namespace
 }  // namespace holdfast::test

@@ -46,7 +46,8 @@ Status damaged_status(const SyncDevice& device, const std::string& what, uint64_
                               " are damaged (" + states(copies) + "). Run `holdfast pool check` and restore them"};
 }
 
-// Seals `page` into the copy that does not serve. `pair` is fresh from the disk.
+// Seals `page` into the copy that does not serve. `pair` is fresh from the disk; what was read may be in the device's
+// cache only (a write whose outcome was not known), so it is made durable before the other copy is written over.
 template <typename Page>
 Status write_next(SyncDevice& device, const Superblock& s, uint64_t offset, PairOf<Page>& pair, const Page& page) {
   const int to = pair.copies.next();
@@ -55,6 +56,7 @@ Status write_next(SyncDevice& device, const Superblock& s, uint64_t offset, Pair
   PageBuffer out(kPageSize);
   out.at<Page>() = page;
   seal(out.at<Page>(), s.header.pool, address, sequence);
+  if (Status status = device.flush(); !status.ok()) return status;
   return device.write_durable(address, out.data(), kPageSize);
 }
 

@@ -86,7 +86,7 @@ void VolumeOpener::begin() {
     volume_->layers_.emplace_back();
     volume_->layers_.back().id = layer->layer_id;
   }
-  read_pair(superblock_.volume_table_offset + uint64_t{spec_.slot} * 2 * kPageSize, &VolumeOpener::have_record);
+  read_pair(superblock_.volume_table_offset + uint64_t{spec_.slot} * 2 * kPageSize, &VolumeOpener::record_read);
 }
 
 // ---- one I/O at a time: records
@@ -114,9 +114,24 @@ std::string VolumeOpener::errno_text(int error) const {
   return "(errno " + std::to_string(error) + ": " + std::strerror(error) + ")";
 }
 
-void VolumeOpener::have_record(int error) {
+// What was read may be in the device's cache only, left by a writer that died or got an error. It must be durable
+// before the other copy is written over.
+void VolumeOpener::record_read(int error) {
   if (error != 0)
     return refuse(Code::kIo, "its record can't be read " + errno_text(error) + "; check the pool's device");
+  if (spec_.read_only) return have_record();
+  submit(IoOp::kFlush, 0, 0, 0, &VolumeOpener::record_settled);
+}
+
+void VolumeOpener::record_settled(int error) {
+  if (error != 0) {
+    return refuse(Code::kIo, "the cache of the pool's device can't be flushed " + errno_text(error) +
+                                 "; check the device and its paths");
+  }
+  have_record();
+}
+
+void VolumeOpener::have_record() {
   const uint64_t address = superblock_.volume_table_offset + uint64_t{spec_.slot} * 2 * kPageSize;
   const auto& a = pages_.at<VolumeRecord>(0);
   const auto& b = pages_.at<VolumeRecord>(kPageSize);

@@ -74,7 +74,9 @@ class VolumeOpener {
   void submit(IoOp op, uint64_t offset, uint32_t pages, size_t at, void (VolumeOpener::*then)(int));
   void read_pair(uint64_t offset, void (VolumeOpener::*then)(int)) { submit(IoOp::kRead, offset, 2, 0, then); }
   std::string errno_text(int error) const;
-  void have_record(int error);
+  void record_read(int error);
+  void record_settled(int error);
+  void have_record();
   void refuse_top();
   void first_open();
   uint64_t layer_address() const;
