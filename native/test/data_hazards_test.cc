@@ -697,5 +697,18 @@ TEST(DataHazard, TheRecordThatWasReadIsDurableBeforeTheOtherCopyIsWrittenOver) {
   }
 }
 
+// The first flush of a slab's page went to the copy that is damaged now; the other one is the claim, which is empty.
+TEST(DataHazard, ADamagedCopyIsToldOfAlsoWhereTheOtherOneIsEmpty) {
+  Bench bench(kMiB, 1);
+  ASSERT_TRUE(bench.open().ok());
+  ASSERT_EQ(bench.write(0, kBlock, 1), 0);
+  ASSERT_EQ(bench.flush(), 0);
+  ASSERT_TRUE(bench.abort().ok());
+  bench.damage(bench.page_address(0, 1));
+  bench.next_grant();
+  ASSERT_TRUE(bench.open().ok());
+  EXPECT_TRUE(bench.observer.has_event("copy B of the page of slab 0"));
+}
+
 }  // namespace
 }  // namespace holdfast::test

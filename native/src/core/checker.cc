@@ -498,10 +498,23 @@ class Checker {
     report_.slabs_claimed++;
     const auto found = layers_.find(page.layer_id);
     LayerSeen* layer = found == layers_.end() ? nullptr : &found->second;
-    check_copies(slab, a, b, copies, layer);
+    if (is_half_claim(page, copies.newest == 0 ? b : a, copies)) {
+      find_slab(Severity::kInfo, "slab-claim-torn", slab, &page,
+                "its claim was interrupted before any data could follow; its volume makes it anew when it needs it");
+    } else {
+      check_copies(slab, a, b, copies, layer);
+    }
     check_owner(slab, page, layer);
     check_entries(slab, page, layer);
     check_holes(slab, page, layer);
+  }
+
+  // The serving copy maps nothing and the other one is not of the same owner: nothing can be lost by that.
+  static bool is_half_claim(const SlabPage& page, const SlabPage& other, const Copies& copies) {
+    const PageState state = copies.state[1 - copies.newest];
+    if (state == PageState::kOk && other.generation == page.generation && other.layer_id != 0) return false;
+    if (state != PageState::kOk && state != PageState::kBlank && state != PageState::kBadCrc) return false;
+    return empty(page);
   }
 
   // Of two damaged copies, one whose header looks right: good enough to name the volume, not to follow.

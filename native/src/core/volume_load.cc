@@ -175,7 +175,11 @@ void VolumeOpener::have_pair(const Granted& granted, const SlabPage& a, const Sl
   const PageState other_state = copies.state[1 - copies.newest];
   const bool other_current =
       other_state == PageState::kOk && other.generation == granted.generation && other.layer_id == newest->layer_id;
-  if (!other_current && !has_image && empty(*newest) && granted.layer == 0) return keep_unclaimed(granted);
+  // Half a claim, in which nothing can be yet; unless the other copy is damaged and was more than that: who knows.
+  const bool half_claimed = !other_current && !has_image && granted.layer == 0 && empty(*newest);
+  if (half_claimed && (other_state == PageState::kOk || other_state == PageState::kBlank)) {
+    return keep_unclaimed(granted);
+  }
   if (other_state != PageState::kOk) {
     uint32_t low = kNoChunk;
     uint32_t high = 0;
@@ -193,6 +197,7 @@ void VolumeOpener::have_pair(const Granted& granted, const SlabPage& a, const Sl
                   : ". It maps parts of bytes " + std::to_string(uint64_t{low} * format::kChunkSize) + " to " +
                         std::to_string((uint64_t{high} + 1) * format::kChunkSize) + " of the volume"));
   }
+  if (half_claimed) return keep_unclaimed(granted);
   load(granted, *newest, copies, other_current ? &other : nullptr,
        has_image ? &environment_.arena->image(image->second.slot) : nullptr,
        has_image ? image->second.slot : PageArena::kNone);
