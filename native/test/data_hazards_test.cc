@@ -459,6 +459,36 @@ TEST(DataHazard, AChunkThatSeveralSlabsMapIsServedByTheNewestPage) {
   }
 }
 
+// A frozen layer whose pages' copies were not yet equal when the power went, and then the newer one of a page was lost.
+TEST(DataHazard, AChunkThatSeveralSlabsOfAFrozenLayerMapIsServedByTheNewestPage) {
+  for (const bool read_only : {false, true}) {
+    Chain bench(0);
+    bench.chunks_per_slab = 1;
+    ASSERT_TRUE(bench.open().ok());
+    for (uint64_t c = 0; c < 3; c++) ASSERT_EQ(bench.write(c * kChunk, kChunk, static_cast<uint8_t>(c + 1)), 0);
+    bench.freeze();
+    uint8_t newest = 0;
+    for (const SlabRun& run : bench.spec.layers[1].slabs) {
+      for (uint32_t copy = 0; copy < 2; copy++) {
+        SlabPage page = bench.page(run.first, copy);
+        const uint32_t chunk = page.entries[0].logical_chunk;
+        if (chunk == format::kNoChunk) continue;
+        if (chunk == 1) newest = 2;
+        page.entries[0].logical_chunk = 9;
+        seal(page, kPoolUuid, bench.page_address(run.first, copy), chunk == 1 ? 13 : 10 + chunk);
+        bench.raw_write(bench.page_address(run.first, copy), &page, sizeof page);
+      }
+    }
+    bench.spec.read_only = read_only;
+    const Status status = bench.open();
+    ASSERT_TRUE(status.ok()) << status.message;
+    EXPECT_TRUE(bench.observer.has_event("is newer and serves"));
+    EXPECT_EQ(newest, 2);
+    EXPECT_TRUE(bench.reads(9 * kChunk, kChunk, newest));
+    ASSERT_TRUE(bench.abort().ok());
+  }
+}
+
 TEST(DataHazard, AVolumeNeverShrinksSoItCannotGrowOldBytesBack) {
   Bench bench(4 * kMiB);
   ASSERT_TRUE(bench.open().ok());

@@ -403,7 +403,8 @@ std::string VolumeOpener::bad_slabs_text() const {
 }
 
 // A chunk in two slabs of one layer can only come from a page copy that should have been superseded: the page with
-// the higher flush number is right. Equal numbers can't be told apart.
+// the higher flush number is right. Equal numbers can't be told apart. In the writable layer the other one is repaired,
+// a frozen layer's pages stay as they are.
 bool VolumeOpener::settle_twice() {
   for (const Twice& twice : twice_) {
     VolumeImpl& volume = *volume_;
@@ -416,8 +417,8 @@ bool VolumeOpener::settle_twice() {
                              std::to_string(uint64_t{twice.chunk} * format::kChunkSize) +
                              " of the volume) is mapped by slab " + std::to_string(a.number) + " and by slab " +
                              std::to_string(b.number);
-    if (a.sequence == b.sequence || spec_.read_only || twice.layer != 0) {
-      fail(Code::kCorrupt, what + ". Run `holdfast pool check`");
+    if (a.sequence == b.sequence) {
+      fail(Code::kCorrupt, what + " under the same flush number. Run `holdfast pool check`");
       return false;
     }
     const uint32_t loser = a.sequence < b.sequence ? holder : twice.slab;
@@ -425,6 +426,10 @@ bool VolumeOpener::settle_twice() {
     const uint32_t loser_at = entry_of(loser, twice.chunk);
     const uint32_t winner_at = entry_of(winner, twice.chunk);
     map.erase(twice.chunk);
+    map.set(twice.chunk, winner << 8 | winner_at);
+    tell(Code::kCorrupt,
+         what + "; the one in slab " + std::to_string(volume.slabs_[winner].number) + " is newer and serves");
+    if (spec_.read_only || twice.layer != 0) continue;
     HotSlab* image = volume.ensure_hot(loser);
     if (image == nullptr) {
       fail(Code::kUnavailable, "there is no room for the page images that its repair needs");
@@ -432,15 +437,12 @@ bool VolumeOpener::settle_twice() {
     }
     volume.set_entry(loser, loser_at, kFreeEntry);
     volume.mark_dirty(*image);
-    map.set(twice.chunk, winner << 8 | winner_at);
     // The chunk is free once both copies have lost it: as after any other crash.
     Slab& slab = volume.slabs_[loser];
     if (volume.listed(slab)) volume.unlist_slab(loser);
     slab.free_chunks++;
     if (slab.unsettled == 0) volume.unsettled_++;
     slab.unsettled = 2;
-    tell(Code::kCorrupt,
-         what + "; the one in slab " + std::to_string(volume.slabs_[winner].number) + " is newer and serves");
   }
   return true;
 }
