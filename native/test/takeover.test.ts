@@ -44,6 +44,13 @@ const discardLoop = `
   done
 `;
 
+/** Large writes, one after the other, until its input ends. */
+const writeUntilEof = `
+  until read -t 0; do
+    dd if=/dev/zero of="$1" bs=1M count=64 oflag=direct conv=notrunc status=none || exit 1
+  done
+`;
+
 describe('an engine killed with SIGKILL', () => {
   it(
     `is a pause for fio with verify, ${kills} times in a row`,
@@ -97,6 +104,41 @@ describe('an engine killed with SIGKILL', () => {
       await expectCleanPool(r);
     },
     120_000 + kills * 10_000,
+  );
+});
+
+describe('an engine killed as soon as it serves', () => {
+  const times = long ? 60 : 12;
+  it(
+    `answers large writes all the same, ${times} times in a row`,
+    async () => {
+      // A request that the kernel could not copy to the dying engine would end with EIO.
+      const r = await fresh('young', { diskBytes: 8192n * MiB });
+      let engine = await r.host();
+      const spec = r.spec(1n, 256n * MiB);
+      const { export: device } = await r.open(engine, spec);
+      const job = execa('bash', ['-c', writeUntilEof, 'load', device.devicePath], {
+        stdin: 'pipe',
+        reject: false,
+      });
+      let failed = false;
+      void job.then((result) => {
+        failed = result.exitCode !== 0;
+      });
+      for (let i = 0; i < times; i += 1) {
+        await sleep(Math.random() * 60);
+        expect(failed, 'a write failed').toBe(false);
+        engine.signal('SIGKILL');
+        ({ engine } = await successor(r));
+      }
+      job.stdin.end();
+      await job;
+      expect(failed, 'a write failed').toBe(false);
+      await r.close(engine, spec);
+      await engine.call('poolCall', r.pool.uuid, 'close');
+      await expectCleanPool(r);
+    },
+    120_000 + times * 10_000,
   );
 });
 

@@ -305,6 +305,7 @@ Status EngineVolume::adopt(KeptEntry entry) {
   const uint64_t size = spec().size_bytes;
   const int mount_fd = fds.back();
   fds.pop_back();
+  const size_t kept_fds = fds.size();
   Result<std::unique_ptr<FuseSession>> session =
       FuseSession::adopt(workers_in_turn(), size, std::move(fds), mount_fd, kept->agreement);
   if (!session.ok()) {
@@ -316,6 +317,10 @@ Status EngineVolume::adopt(KeptEntry entry) {
     session_ = std::move(*session);
     if (!served.ok()) state_ = State::kDead;
     dead_why_ = served.message;
+  }
+  if (session_->fuse_fds().size() > kept_fds) {
+    // More workers than the engine before had: what is read from a descriptor that dies with this engine ends with EIO.
+    if (Status known = keep(); !known.ok()) pool_->emit_volume(spec().volume_id, known.code, known.message);
   }
   session_->start(volume_.get(), served.ok() ? FuseSession::Mode::kServe : FuseSession::Mode::kFail);
   if (kept->agreement.can_resend != 0) {

@@ -159,9 +159,17 @@ void FuseChannel::read_requests() {
       waiting_for_slot_ = true;
       return;
     }
-    iovec iov[2] = {{slot->header, kFuseHeaderSize}, {slot->buffer, kMaxTransfer}};
-    const ssize_t length = readv(fd_, iov, 2);
+    const size_t resident = slot->resident;
+    iovec iov[3] = {{slot->header, kFuseHeaderSize},
+                    {slot->buffer, resident},
+                    {worker_->overflow() + resident, kMaxTransfer - resident}};
+    const ssize_t length = readv(fd_, iov, 3);
     if (length >= 0) {
+      if (size_t(length) > kFuseHeaderSize + resident) {
+        const size_t payload = size_t(length) - kFuseHeaderSize;
+        std::memcpy(slot->buffer + resident, worker_->overflow() + resident, payload - resident);
+        slot->used(payload);
+      }
       handle(slot, size_t(length));
       continue;
     }
@@ -199,6 +207,10 @@ void FuseChannel::request_done(VolumeRequest* request, int error) {
   FuseChannel* channel = slot->channel;
   HF_ASSERT(Worker::current() == channel->worker_);
   FuseSession* session = channel->session_;
+  if (request->op == VolumeOp::kRead) {
+    if (error != 0) std::memset(slot->buffer, 0, request->length);  // what of it is resident is not known
+    slot->used(request->length);
+  }
   if (error != 0 && session->mode() == FuseSession::Mode::kSilent) {
     channel->worker_->release_slot(slot);
   } else if (error != 0) {
@@ -245,7 +257,6 @@ void FuseChannel::submit(Slot* slot, VolumeOp op, uint64_t offset, uint64_t leng
   request.done = &FuseChannel::request_done;
   request.user = slot;
   slot->channel = this;
-  if (request.buffer != nullptr && length > slot->touched) slot->touched = length;
   ++in_flight_;
   session_->in_flight_.fetch_add(1, std::memory_order_relaxed);
   session_->volume_->submit(&request);
@@ -258,7 +269,6 @@ void FuseChannel::handle_init(Slot* slot, size_t length) {
   if (length > kFuseHeaderSize) {
     const size_t rest = std::min(length, sizeof message) - kFuseHeaderSize;
     std::memcpy(message + kFuseHeaderSize, slot->buffer, rest);
-    slot->touched = std::max(slot->touched, rest);
   }
   fuse_init_in in{};
   std::memcpy(&in, message + sizeof(fuse_in_header), sizeof in);
@@ -314,7 +324,6 @@ void FuseChannel::handle(Slot* slot, size_t length) {
       fuse_write_in write{};
       argument(write);
       HF_ASSERT(write.size <= kMaxTransfer && length == kFuseHeaderSize + write.size);
-      if (write.size > slot->touched) slot->touched = write.size;
       submit(slot, VolumeOp::kWrite, write.offset, write.size);
       return;
     }

@@ -22,7 +22,6 @@ namespace {
 
 constexpr unsigned kRingEntries = 512;
 constexpr unsigned kCompletionEntries = 8192;
-constexpr size_t kSlotsPerWorker = 1024;
 constexpr uint64_t kTrimAfterNs = 5'000'000'000;
 constexpr int kPrSetIoFlusher = 57;  // PR_SET_IO_FLUSHER, newer than some C libraries
 
@@ -108,17 +107,24 @@ Status Worker::set_up(unsigned index) {
   wake_fd_ = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
   if (wake_fd_ < 0) return {Code::kIo, std::string("eventfd failed: ") + std::strerror(errno)};
 
-  void* memory = mmap(nullptr, kSlotsPerWorker * kMaxTransfer, PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* memory =
+      mmap(nullptr, kSlotMemory, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) {
     return {Code::kIo, std::string("no address space for request buffers: ") + std::strerror(errno)};
   }
   slot_memory_ = static_cast<std::byte*>(memory);
-  madvise(memory, kSlotsPerWorker * kMaxTransfer, MADV_NOHUGEPAGE);
-  madvise(memory, kSlotsPerWorker * kMaxTransfer, MADV_DONTDUMP);
+  // Before anything of it is used: a fork() would share its pages, and each first write after that need a new page.
+  if (madvise(memory, kSlotMemory, MADV_DONTFORK) != 0) {
+    return {Code::kIo, std::string("request buffers cannot be kept from child processes: ") + std::strerror(errno)};
+  }
+  madvise(memory, kSlotMemory, MADV_NOHUGEPAGE);
+  madvise(memory, kSlotMemory, MADV_DONTDUMP);
+  std::byte* const headers = overflow() + kMaxTransfer;
+  std::memset(overflow(), 0, kMaxTransfer + kSlotsPerWorker * kHeaderStride);
   slots_.reset(new Slot[kSlotsPerWorker]);
   for (size_t i = kSlotsPerWorker; i-- > 0;) {
     slots_[i].buffer = slot_memory_ + i * kMaxTransfer;
+    slots_[i].header = headers + i * kHeaderStride;
     slots_[i].next = free_slots_;
     free_slots_ = &slots_[i];
   }
@@ -147,7 +153,7 @@ Worker::~Worker() {
   }
   if (ring_ready_) io_uring_queue_exit(&ring_);
   if (wake_fd_ >= 0) close(wake_fd_);
-  if (slot_memory_ != nullptr) munmap(slot_memory_, kSlotsPerWorker * kMaxTransfer);
+  if (slot_memory_ != nullptr) munmap(slot_memory_, kSlotMemory);
 }
 
 uint64_t Worker::now_ns() const { return boottime_ns(); }
@@ -353,7 +359,7 @@ void Worker::release_slot(Slot* slot) {
   slot->channel = nullptr;
   slot->next = free_slots_;
   free_slots_ = slot;
-  if (slot->touched > 0 && !trim_task_.armed) {
+  if (slot->resident > 0 && !trim_task_.armed) {
     trim_task_.armed = true;
     post_at(&trim_task_, boottime_ns() + kTrimAfterNs);
   }
@@ -376,13 +382,13 @@ void Worker::trim_slots() {
   const uint64_t now = boottime_ns();
   bool left = false;
   for (Slot* slot = free_slots_; slot != nullptr; slot = slot->next) {
-    if (slot->touched == 0) continue;
+    if (slot->resident == 0) continue;
     if (slot->released_ns == 0) {
       slot->released_ns = now;
       left = true;
     } else {
-      madvise(slot->buffer, slot->touched, MADV_DONTNEED);
-      slot->touched = 0;
+      madvise(slot->buffer, slot->resident, MADV_DONTNEED);
+      slot->resident = 0;
       slot->released_ns = 0;
     }
   }

@@ -32,15 +32,25 @@ inline constexpr size_t kMaxTransfer = 1u << 20;  // bytes of one FUSE request's
 inline constexpr size_t kFuseHeaderSize = 80;     // fuse_in_header plus the arguments of a read or a write
 
 // A frontend request's memory: kMaxTransfer bytes of address space, of which only what was used is resident.
+//
+// /dev/fuse is read into resident memory only, and into none that a child process shares: a thread that is killed while
+// the kernel copies a request to it gets no new page any more, and the kernel then ends the request with EIO
+// (fuse_dev_do_read) instead of keeping it for the successor. So a read takes the resident part of a slot's buffer
+// first and the worker's overflow memory for the rest.
 struct Slot {
   VolumeRequest request;
   FuseChannel* channel = nullptr;
   uint64_t unique = 0;
   Slot* next = nullptr;
   std::byte* buffer = nullptr;   // page-aligned, kMaxTransfer bytes
-  size_t touched = 0;            // bytes of buffer that may be resident
+  size_t resident = 0;           // bytes of buffer that are there for certain, whole pages
   uint64_t released_ns = 0;
-  alignas(8) std::byte header[kFuseHeaderSize];
+  std::byte* header = nullptr;   // kFuseHeaderSize bytes, resident
+
+  // The buffer's first `bytes` have been used, so they are resident.
+  void used(size_t bytes) {
+    if (bytes > resident) resident = (bytes + 4095) / 4096 * 4096;
+  }
 };
 
 class Worker final : public Executor {
@@ -71,6 +81,8 @@ class Worker final : public Executor {
   Slot* take_slot(FuseChannel* waiter);
   void release_slot(Slot* slot);
   void forget_waiter(FuseChannel* waiter);
+  // kMaxTransfer bytes, resident: for what is read beyond a slot's resident part, until it is copied there.
+  std::byte* overflow() const { return slot_memory_ + kSlotsPerWorker * kMaxTransfer; }
 
  private:
   struct Timer {
@@ -122,6 +134,11 @@ class Worker final : public Executor {
   } wake_poll_;
   bool stopping_ = false;
 
+  // The slots' buffers, the overflow memory, the slots' headers.
+  static constexpr size_t kSlotsPerWorker = 1024;
+  static constexpr size_t kHeaderStride = 128;
+  static constexpr size_t kSlotMemory = (kSlotsPerWorker + 1) * kMaxTransfer + kSlotsPerWorker * kHeaderStride;
+  static_assert(kHeaderStride >= kFuseHeaderSize);
   std::byte* slot_memory_ = nullptr;
   std::unique_ptr<Slot[]> slots_;
   Slot* free_slots_ = nullptr;
