@@ -1,6 +1,7 @@
 import { join } from 'node:path';
 import { describe, expect, it } from 'vitest';
 import { call } from '@holdfast/common';
+import { waitFor } from '@holdfast/testing';
 import { native } from '@holdfast/native';
 import { compareFiles, writeFiles } from '../../src/harness/content.ts';
 import { long, pause, withCluster } from './cluster.ts';
@@ -8,7 +9,7 @@ import { long, pause, withCluster } from './cluster.ts';
 const rounds = long ? 20 : 5;
 
 describe('the metadata service killed with -9 at random moments', () => {
-  it(`repeated calls converge: ${rounds} lives of a volume, nothing lost, nothing left`, {
+  it(`repeated calls converge: ${rounds} kills, a volume's life at a time, nothing lost, nothing left`, {
     timeout: 1_200_000,
   }, async () => {
     await withCluster({ nodes: 2, size: '4G' }, async (up, cluster) => {
@@ -16,16 +17,26 @@ describe('the metadata service killed with -9 at random moments', () => {
       let kills = 0;
       const killer = async (): Promise<void> => {
         while (!stop.signal.aborted) {
-          await pause(1000 + Math.random() * 3000);
+          await pause(500 + Math.random() * 2000);
           const [service] = up.processes({ role: 'metadata-service' });
           if (stop.signal.aborted || service === undefined) continue;
           process.kill(service.pid, 'SIGKILL');
           kills += 1;
+          // One in four dies again while it starts; the others live for a while, however slow the machine is.
+          if (Math.random() < 0.25) continue;
+          await waitFor(
+            'the service to answer again',
+            async () =>
+              stop.signal.aborted ||
+              (await call(cluster.metadata, cluster.metadata.ListPools, {}, { timeoutMs: 5000 })),
+            { timeoutMs: 120_000 },
+          );
         }
       };
       const killing = killer();
+      killing.catch(() => {}); // told below
       try {
-        for (let round = 0; round < rounds; round++) {
+        for (let round = 0; round < rounds || kills < rounds; round++) {
           const volume = await cluster.create(`round-${round}`, 256n << 20n, 'ext4');
           const again = await cluster.create(`round-${round}`, 256n << 20n, 'ext4');
           expect(again.id).toBe(volume.id);
@@ -42,7 +53,6 @@ describe('the metadata service killed with -9 at random moments', () => {
         stop.abort();
         await killing;
       }
-      expect(kills).toBeGreaterThan(rounds / 2);
       await pause(1000);
       await cluster.untilEmpty(60_000);
       const { volumes } = await call(cluster.metadata, cluster.metadata.ListVolumes, {
