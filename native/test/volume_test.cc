@@ -18,7 +18,7 @@ TEST(Volume, ReadsBackWhatWasWrittenAcrossChunksAndSlabs) {
   for (uint64_t at = 0; at < 40; at++) ASSERT_EQ(bench.write(at * kMiB, kMiB, static_cast<uint8_t>(at + 1)), 0);
   for (uint64_t at = 0; at < 40; at++) ASSERT_TRUE(bench.reads(at * kMiB, kMiB, static_cast<uint8_t>(at + 1)));
   EXPECT_EQ(bench.volume->stats().mapped_bytes, 40 * kMiB);
-  EXPECT_EQ(bench.observer.claimed.size(), 3u);
+  EXPECT_EQ(bench.observer.claimed.size(), 4u) << "three, and one ahead";
 }
 
 TEST(Volume, APartOfAChunkLeavesTheRestZero) {

@@ -276,7 +276,7 @@ void VolumeImpl::cut_commit() {
 }
 
 void VolumeImpl::cut_committed() {
-  HF_ASSERT(holding_ && changing_ == 0 && !flush_running_ && claim_.stage == Claim::Stage::kIdle);
+  HF_ASSERT(holding_ && changing_ == 0 && !flush_running_ && claiming_ == 0);
   HF_ASSERT(cut_->layer + size_t{1} == layers_.size());
   spec_.layers[0].frozen = true;
   spec_.layers[0].size_bytes = size_bytes_;

@@ -197,7 +197,7 @@ void VolumeImpl::hold_flushed(int error) {
 }
 
 void VolumeImpl::hold_drained() {
-  if (stage_ != HoldStage::kDrain || changing_ > 0 || claim_.stage != Claim::Stage::kIdle) return;
+  if (stage_ != HoldStage::kDrain || changing_ > 0 || claiming_ > 0) return;
   if (state_ == State::kAborted) return;
   stage_ = HoldStage::kFlushHeld;
   hold_flush();

@@ -154,6 +154,7 @@ class VolumeImpl final : public Volume {
   static constexpr uint32_t kFlushPagesMin = 8;
   static constexpr uint32_t kFlushDepth = 16;
   static constexpr uint32_t kAffinityChunks = 64;
+  static constexpr uint32_t kClaims = 4;  // at once
   static constexpr uint64_t kDiscardBatch = 2048;  // chunks looked at under one hold of the lock
 
   struct Layer {
@@ -276,6 +277,7 @@ class VolumeImpl final : public Volume {
   // ---- volume_slabs.cc
   struct Claim {
     enum class Stage : uint8_t { kIdle, kRead, kWriteFirst, kWriteSecond };
+    VolumeImpl* volume = nullptr;
     Stage stage = Stage::kIdle;
     uint32_t first = 0;  // the copy that is written first: never the one that serves
     SlabStock::Slab slab;
@@ -300,11 +302,17 @@ class VolumeImpl final : public Volume {
   void list_slab(uint32_t slab);
   void unlist_slab(uint32_t slab);
   uint32_t usable_free(const Slab& slab) const { return slab.free_chunks - (format::kChunksPerSlab - usable_chunks_); }
+  // Free chunks that the volume wants to have, so that a stream of first writes need not wait for claims: a quarter of a
+  // slab while it is small, then a slab, and twice as many each time that a write had to wait after all.
+  uint64_t room_ahead() const {
+    return top_slabs_ < 2 ? std::max(1u, usable_chunks_ / 4) : std::min(ahead_, top_slabs_) * usable_chunks_;
+  }
   void want_slab();               // locked: starts a claim if none runs
-  void claim_ahead();             // locked
-  void claim_step(int error);
-  void claim_submit(IoOp op, uint32_t copy, uint32_t pages);
-  std::string claim_objection(const format::SlabPage& page, PageState state) const;
+  void claim_ahead();             // locked: starts as many as room_ahead() asks for
+  bool start_claim();             // locked
+  void claim_step(Claim& claim, int error);
+  void claim_submit(Claim& claim, IoOp op, uint32_t copy, uint32_t pages);
+  std::string claim_objection(const Claim& claim, const format::SlabPage& page, PageState state) const;
   static void stock_has_some(Task* task);
   void slab_waiters_timeout();
   void arm_full_timer();
@@ -539,7 +547,9 @@ class VolumeImpl final : public Volume {
   uint32_t unsettled_ = 0;
   uint32_t unsettled_cursor_ = 0;
   std::vector<Unclaimed> unclaimed_;  // granted or taken, but not claimed
-  Claim claim_;
+  std::array<Claim, kClaims> claims_;
+  uint32_t claiming_ = 0;             // of claims_, those under way
+  uint64_t ahead_ = 1;                // slabs: see room_ahead()
   Release release_;
   std::deque<uint32_t> release_queue_;
   struct StockTask : Task {

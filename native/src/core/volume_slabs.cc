@@ -66,66 +66,85 @@ void VolumeImpl::settle_for_space() {
 
 // ---- claiming
 
-// Ahead of need, once the free chunks come to less than a quarter of a slab, so that a stream of first writes does not
-// stop at the end of each slab.
+// Ahead of need, so that a stream of first writes does not stop at the end of each slab. Several
+// claims at once share the device's flushes and hide each other's latency.
 void VolumeImpl::claim_ahead() {
-  if (free_total_ < usable_chunks_ / 4) want_slab();
+  while (free_total_ + uint64_t{claiming_} * usable_chunks_ < room_ahead() && start_claim()) {
+  }
 }
 
+// A write waits for one.
 void VolumeImpl::want_slab() {
-  if (claim_.stage != Claim::Stage::kIdle || stock_waiting_ || state_ != State::kOpen || holding_) return;
-  claim_.directory = PageArena::kNone;
-  claim_.known = false;
+  if (claiming_ > 0 && top_slabs_ >= 2) ahead_ = std::min<uint64_t>(2 * ahead_, kClaims);  // it was asked for too late
+  if (claiming_ == 0) start_claim();
+}
+
+// False: there is none to be had now, or enough are under way.
+bool VolumeImpl::start_claim() {
+  if (claiming_ == kClaims || stock_waiting_ || state_ != State::kOpen || holding_) return false;
+  Claim& claim = *std::find_if(claims_.begin(), claims_.end(),
+                               [](const Claim& one) { return one.stage == Claim::Stage::kIdle; });
+  claim.volume = this;
+  claim.directory = PageArena::kNone;
+  claim.known = false;
   if (!unclaimed_.empty()) {
-    claim_.slab = unclaimed_.back().slab;
-    claim_.directory = unclaimed_.back().directory;
-    claim_.known = unclaimed_.back().known;
+    claim.slab = unclaimed_.back().slab;
+    claim.directory = unclaimed_.back().directory;
+    claim.known = unclaimed_.back().known;
     unclaimed_.pop_back();
   } else {
-    const uint64_t near = current_ != kNoIndex ? slabs_[current_].number
-                          : slabs_.size() > 0  ? slabs_[slabs_.size() - 1].number
-                                               : 0;
-    if (!environment_.stock->take(near, &claim_.slab, &stock_task_, Executor::current())) {
+    uint64_t near = current_ != kNoIndex ? slabs_[current_].number
+                    : slabs_.size() > 0  ? slabs_[slabs_.size() - 1].number
+                                         : 0;
+    for (const Claim& one : claims_) {
+      if (one.stage != Claim::Stage::kIdle && one.slab.slab > near) near = one.slab.slab;
+    }
+    if (!environment_.stock->take(near, &claim.slab, &stock_task_, Executor::current())) {
       stock_waiting_ = true;
       arm_full_timer();
-      return;
+      return false;
     }
   }
   full_since_ = 0;
-  if (claim_.directory != PageArena::kNone && arena_->claim(claim_.directory).layer_id != top().id) {
-    arena_->set_claim_state(claim_.directory, PageArena::ClaimState::kFree);
-    claim_.directory = PageArena::kNone;
+  if (claim.directory != PageArena::kNone && arena_->claim(claim.directory).layer_id != top().id) {
+    arena_->set_claim_state(claim.directory, PageArena::ClaimState::kFree);
+    claim.directory = PageArena::kNone;
   }
-  if (claim_.directory == PageArena::kNone) {
-    claim_.directory = arena_->add_claim(
-        {claim_.slab.slab, claim_.slab.generation, top().id, PageArena::ClaimState::kClaiming});
-    if (claim_.directory == PageArena::kNone || slabs_.size() > kMaxSlabIndex) {
-      if (claim_.directory != PageArena::kNone) arena_->set_claim_state(claim_.directory, PageArena::ClaimState::kFree);
-      environment_.stock->put_back(claim_.slab);
+  if (claim.directory == PageArena::kNone) {
+    claim.directory =
+        arena_->add_claim({claim.slab.slab, claim.slab.generation, top().id, PageArena::ClaimState::kClaiming});
+    if (claim.directory == PageArena::kNone || slabs_.size() + claiming_ > kMaxSlabIndex) {
+      if (claim.directory != PageArena::kNone) arena_->set_claim_state(claim.directory, PageArena::ClaimState::kFree);
+      environment_.stock->put_back(claim.slab);
       event(Code::kNoSpace, "volume " + std::to_string(spec_.volume_id) +
                                 " has claimed as many slabs as this opening of it can keep track of; close it and open "
                                 "it again (move it to another node, or restart the pods that use it)");
       fail_waiting(slab_waiters_, slab_waiters_tail_, ENOSPC);
-      return;
+      return false;
     }
   }
-  if (claim_.pages == nullptr) claim_.pages = std::make_unique<PageBuffer>(2 * kPageSize);
+  if (claim.pages == nullptr) claim.pages = std::make_unique<PageBuffer>(2 * kPageSize);
   start_background();
-  claim_.stage = Claim::Stage::kRead;
-  claim_submit(IoOp::kRead, 0, 2);
+  claiming_++;
+  claim.stage = Claim::Stage::kRead;
+  claim_submit(claim, IoOp::kRead, 0, 2);
+  return true;
 }
 
-void VolumeImpl::claim_submit(IoOp op, uint32_t copy, uint32_t pages) {
-  PageIo& io = claim_.io;
-  io.iov = {claim_.pages->data() + size_t{copy} * kPageSize, size_t{pages} * kPageSize};
+void VolumeImpl::claim_submit(Claim& claim, IoOp op, uint32_t copy, uint32_t pages) {
+  PageIo& io = claim.io;
+  io.iov = {claim.pages->data() + size_t{copy} * kPageSize, size_t{pages} * kPageSize};
   io.io.op = op;
   io.io.fua = op == IoOp::kWrite;
-  io.io.offset = page_offset(claim_.slab.slab, copy);
+  io.io.offset = page_offset(claim.slab.slab, copy);
   io.io.length = io.iov.iov_len;
   io.io.iov = &io.iov;
   io.io.iov_count = 1;
-  io.io.user = this;
-  io.io.done = [](IoRequest* request, int error) { static_cast<VolumeImpl*>(request->user)->claim_step(error); };
+  io.io.user = &claim;
+  io.io.done = [](IoRequest* request, int error) {
+    Claim* done = static_cast<Claim*>(request->user);
+    done->volume->claim_step(*done, error);
+  };
   device_.submit(&io.io);
 }
 
@@ -143,13 +162,13 @@ SlabPage& VolumeImpl::seal_empty_page(std::byte* memory, const SlabStock::Slab& 
 }
 
 // Whether somebody else's rights stand on this page: then the slab is not ours to claim, whatever the stock says.
-std::string VolumeImpl::claim_objection(const SlabPage& page, PageState state) const {
+std::string VolumeImpl::claim_objection(const Claim& claim, const SlabPage& page, PageState state) const {
   if (state == PageState::kNewerVersion) return "is of a newer format version";
   if (state != PageState::kOk) return {};
   const std::string whose = "names layer " + std::to_string(page.layer_id) + ", generation " +
                             std::to_string(page.generation) + ", epoch " + std::to_string(page.epoch);
-  if (page.generation > claim_.slab.generation) return whose;
-  if (page.generation < claim_.slab.generation || page.layer_id == 0) return {};
+  if (page.generation > claim.slab.generation) return whose;
+  if (page.generation < claim.slab.generation || page.layer_id == 0) return {};
   // Claimed in vain, or not to the end, for a layer that was the top then: still nobody else's.
   const auto ours = [&](const Layer& layer) { return layer.id == page.layer_id; };
   if (page.epoch > spec_.epoch || std::none_of(layers_.begin(), layers_.end(), ours)) return whose;
@@ -159,18 +178,19 @@ std::string VolumeImpl::claim_objection(const SlabPage& page, PageState state) c
   return page.hole_count > 0 ? whose + " and holds holes" : std::string();
 }
 
-void VolumeImpl::claim_step(int error) {
+void VolumeImpl::claim_step(Claim& claim, int error) {
   std::unique_lock lock(mu_);
-  const Claim::Stage stage = claim_.stage;
+  const Claim::Stage stage = claim.stage;
   if (state_ == State::kAborted || error != 0) {
-    claim_.stage = Claim::Stage::kIdle;
+    claim.stage = Claim::Stage::kIdle;
+    claiming_--;
     if (state_ != State::kAborted) {
-      unclaimed_.push_back({claim_.slab, claim_.directory, claim_.known});
-      event(Code::kIo, "volume " + std::to_string(spec_.volume_id) + ": slab " + std::to_string(claim_.slab.slab) +
+      unclaimed_.push_back({claim.slab, claim.directory, claim.known});
+      event(Code::kIo, "volume " + std::to_string(spec_.volume_id) + ": slab " + std::to_string(claim.slab.slab) +
                            " could not be claimed: its page can't be " +
                            (stage == Claim::Stage::kRead ? "read" : "written") + " (errno " + std::to_string(error) +
                            "). Writes to new places fail until it can; check the pool's device");
-      if (list_head_ == kNoIndex) fail_waiting(slab_waiters_, slab_waiters_tail_, EIO);
+      if (list_head_ == kNoIndex && claiming_ == 0) fail_waiting(slab_waiters_, slab_waiters_tail_, EIO);
     }
     hold_drained();
     end_background();
@@ -178,14 +198,15 @@ void VolumeImpl::claim_step(int error) {
   }
   if (stage == Claim::Stage::kRead) {
     for (uint32_t copy = 0; copy < 2; copy++) {
-      const auto& page = claim_.pages->at<SlabPage>(size_t{copy} * kPageSize);
-      const PageState state = verify(page, environment_.pool, page_offset(claim_.slab.slab, copy));
-      const std::string objection = claim_objection(page, state);
+      const auto& page = claim.pages->at<SlabPage>(size_t{copy} * kPageSize);
+      const PageState state = verify(page, environment_.pool, page_offset(claim.slab.slab, copy));
+      const std::string objection = claim_objection(claim, page, state);
       if (!objection.empty()) {
-        arena_->set_claim_state(claim_.directory, PageArena::ClaimState::kFree);
-        claim_.stage = Claim::Stage::kIdle;
-        event(Code::kStale, "volume " + std::to_string(spec_.volume_id) + ": slab " + std::to_string(claim_.slab.slab) +
-                                " was handed out with generation " + std::to_string(claim_.slab.generation) +
+        arena_->set_claim_state(claim.directory, PageArena::ClaimState::kFree);
+        claim.stage = Claim::Stage::kIdle;
+        claiming_--;
+        event(Code::kStale, "volume " + std::to_string(spec_.volume_id) + ": slab " + std::to_string(claim.slab.slab) +
+                                " was handed out with generation " + std::to_string(claim.slab.generation) +
                                 ", but its page (copy " + "AB"[copy] + ") " + objection +
                                 "; it is left alone. Run `holdfast pool check` to see whose it is");
         want_slab();
@@ -194,36 +215,37 @@ void VolumeImpl::claim_step(int error) {
         return unlock(lock);
       }
       // A page of this very generation may carry a number that this opening has not used yet.
-      if (state == PageState::kOk && page.generation == claim_.slab.generation) {
+      if (state == PageState::kOk && page.generation == claim.slab.generation) {
         flush_number_ = std::max(flush_number_, page.header.sequence);
       }
     }
     // A claim that was cut off before has left one copy torn perhaps: the other one stays until that is whole.
-    const Copies copies = choose_slab(claim_.pages->at<SlabPage>(0), claim_.pages->at<SlabPage>(kPageSize),
-                                      environment_.pool, page_offset(claim_.slab.slab, 0));
-    claim_.first = static_cast<uint32_t>(copies.next());
+    const Copies copies = choose_slab(claim.pages->at<SlabPage>(0), claim.pages->at<SlabPage>(kPageSize),
+                                      environment_.pool, page_offset(claim.slab.slab, 0));
+    claim.first = static_cast<uint32_t>(copies.next());
     flush_number_++;
     arena_->raise_flush_number(flush_number_);
     for (uint32_t copy = 0; copy < 2; copy++) {
-      seal_empty_page(claim_.pages->data() + size_t{copy} * kPageSize, claim_.slab, top().id, copy, flush_number_);
+      seal_empty_page(claim.pages->data() + size_t{copy} * kPageSize, claim.slab, top().id, copy, flush_number_);
     }
-    claim_.stage = Claim::Stage::kWriteFirst;
-    claim_submit(IoOp::kWrite, claim_.first, 1);
+    claim.stage = Claim::Stage::kWriteFirst;
+    claim_submit(claim, IoOp::kWrite, claim.first, 1);
     return unlock(lock);
   }
   if (stage == Claim::Stage::kWriteFirst) {
-    claim_.stage = Claim::Stage::kWriteSecond;
-    claim_submit(IoOp::kWrite, 1 - claim_.first, 1);
+    claim.stage = Claim::Stage::kWriteSecond;
+    claim_submit(claim, IoOp::kWrite, 1 - claim.first, 1);
     return unlock(lock);
   }
-  claim_.stage = Claim::Stage::kIdle;
-  arena_->set_claim_state(claim_.directory, PageArena::ClaimState::kClaimed);
+  claim.stage = Claim::Stage::kIdle;
+  claiming_--;
+  arena_->set_claim_state(claim.directory, PageArena::ClaimState::kClaimed);
   const uint32_t index = slabs_.add();
   Slab& slab = slabs_[index];
-  slab.number = claim_.slab.slab;
-  slab.generation = claim_.slab.generation;
-  slab.sequence = claim_.pages->at<SlabPage>().header.sequence;
-  slab.claim = claim_.directory;
+  slab.number = claim.slab.slab;
+  slab.generation = claim.slab.generation;
+  slab.sequence = claim.pages->at<SlabPage>().header.sequence;
+  slab.claim = claim.directory;
   slab.ours = 1;
   add_to_top(index);
   list_slab(index);
@@ -332,8 +354,9 @@ void VolumeImpl::maybe_release(uint32_t index) {
     return;
   }
   HF_ASSERT(listed(slab));
+  ahead_ = 1;  // it shrinks
   // Not the last room, nor what a held write is about to take: it would only have to be claimed again.
-  if (slab_waiters_ != nullptr || free_total_ < usable_chunks_ + std::max(1u, usable_chunks_ / 4)) return;
+  if (slab_waiters_ != nullptr || free_total_ < usable_chunks_ + room_ahead()) return;
   unlist_slab(index);
   slab.state = SlabState::kReleasing;
   release_queue_.push_back(index);
@@ -343,7 +366,7 @@ void VolumeImpl::maybe_release(uint32_t index) {
 // Empty slabs that were kept when they became empty, for a write that was held then.
 void VolumeImpl::release_spare() {
   uint32_t index = list_head_;
-  for (uint32_t seen = 0; seen < 16 && index != kNoIndex && free_total_ > 2 * uint64_t{usable_chunks_}; seen++) {
+  for (uint32_t seen = 0; seen < 16 && index != kNoIndex && free_total_ > usable_chunks_ + room_ahead(); seen++) {
     const uint32_t next = slabs_[index].list_next;
     maybe_release(index);
     index = next;
