@@ -105,8 +105,11 @@ int attach_loop(int mount_fd, const KeeperAttach& wanted, int* number, char* not
   const bool depth = write_setting(*number, "iosched/async_depth", wanted.async_depth) ||
                      write_setting(*number, "async_depth", wanted.async_depth);
   // The engine answers from a thread, not from an interrupt. Completed on the CPU that asked, a request ends in that CPU's
-  // interrupt; on any other it would wait for ksoftirqd. Only speed hangs on it: a kernel that refuses is as right.
+  // interrupt; on any other it would wait for ksoftirqd. Only speed hangs on this and the next: a kernel that refuses is
+  // as right.
   [[maybe_unused]] const bool affinity = write_setting(*number, "rq_affinity", "2");
+  // Whoever could merge sends large requests already; looking for neighbours costs each small one some CPU.
+  [[maybe_unused]] const bool merges = write_setting(*number, "nomerges", "1");
   note[0] = 0;
   if (!scheduler || !requests || !depth) {
     std::snprintf(note, note_size,

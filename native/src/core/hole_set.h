@@ -28,6 +28,15 @@ class HoleSet {
     }
     ranges_.emplace(start, end);
   }
+  // Calls `each` with every chunk of [from, end) that is covered.
+  template <typename F>
+  void for_each(uint64_t from, uint64_t end, F&& each) const {
+    auto at = ranges_.upper_bound(from);
+    if (at != ranges_.begin()) --at;
+    for (; at != ranges_.end() && at->first < end; ++at) {
+      for (uint64_t chunk = std::max(from, at->first); chunk < std::min(end, at->second); chunk++) each(chunk);
+    }
+  }
   size_t memory_bytes() const { return ranges_.size() * 64; }
 
  private:

@@ -240,6 +240,7 @@ VolumeStats VolumeImpl::stats() const {
   all.in_flight = in_flight_.load(std::memory_order_relaxed);
   size_t memory = sizeof(*this) + slabs_.memory_bytes();
   for (const Layer& layer : layers_) memory += layer.map.memory_bytes() + layer.holes.memory_bytes();
+  memory += chain_.memory_bytes();
   memory += hot_blocks_.size() * kHotBlock * sizeof(HotSlab) + hot_blocks_.capacity() * sizeof(void*);
   memory += (hot_free_.capacity() + dirty_.capacity() + reclaim_list_.capacity() + flush_queue_.capacity() +
              flush_frozen_.capacity()) *

@@ -30,6 +30,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "chain_index.h"
 #include "hole_set.h"
 #include "layer_map.h"
 #include "page_arena.h"
@@ -224,6 +225,27 @@ class VolumeImpl final : public Volume {
     Place place = kNoPlace;
   };
   LayerView view(const Layer& layer, uint32_t chunk) const;
+  static constexpr size_t kIndexedDepth = 4;  // layers: from so many on chain_ is worth its memory
+  uint32_t mentions(uint32_t chunk) const;    // locked: a mask of chain_
+  // Locked. Calls `each` with the layers below index `from` that may say something about the chunk, newest first, until
+  // it returns false.
+  template <typename F>
+  void through_layers(uint32_t chunk, size_t from, F&& each) const {
+    if (layers_.size() < kIndexedDepth || state_ == State::kOpening) {
+      for (size_t i = from; i-- > 0;) {
+        if (!each(layers_[i])) return;
+      }
+      return;
+    }
+    for (uint32_t mask = mentions(chunk); mask != 0;) {
+      const auto group = static_cast<size_t>(31 - __builtin_clz(mask));
+      mask &= ~(1u << group);
+      const size_t first = group * chain_.width();
+      for (size_t i = std::min(from, first + chain_.width()); i > first; i--) {
+        if (!each(layers_[i - 1])) return;
+      }
+    }
+  }
   // Below the top: blocks that show data when the top says nothing, and blocks that any layer says anything about.
   uint16_t older_data(uint32_t chunk, uint16_t* mentioned = nullptr) const;
 
@@ -465,6 +487,7 @@ class VolumeImpl final : public Volume {
   uint64_t size_bytes_ = 0;
   bool read_only_ = false;
   std::vector<Layer> layers_;  // oldest first; the last one is the writable top
+  mutable ChainIndex chain_;
   SlabTable slabs_;
   std::unordered_map<uint32_t, std::vector<format::HoleRange>> slab_holes_;
   uint64_t flush_number_ = 0;

@@ -25,16 +25,36 @@ VolumeImpl::LayerView VolumeImpl::view(const Layer& layer, uint32_t chunk) const
   return found;
 }
 
+uint32_t VolumeImpl::mentions(uint32_t chunk) const {
+  chain_.fit(layers_.size());
+  uint32_t* masks = chain_.leaf(chunk);
+  if (masks == nullptr) {
+    masks = chain_.add_leaf(chunk);
+    const uint32_t first = chunk / ChainIndex::kLeafChunks * ChainIndex::kLeafChunks;
+    const uint32_t end = first + ChainIndex::kLeafChunks;
+    for (size_t i = 0; i < layers_.size(); i++) {
+      const uint32_t bit = chain_.bit(i);
+      const LayerMap& map = layers_[i].map;
+      for (uint32_t at = map.next_mapped(first, end); at < end; at = map.next_mapped(at + 1, end)) {
+        masks[at - first] |= bit;
+      }
+      layers_[i].holes.for_each(first, end, [&](uint64_t at) { masks[at - first] |= bit; });
+    }
+  }
+  return masks[chunk % ChainIndex::kLeafChunks];
+}
+
 uint16_t VolumeImpl::older_data(uint32_t chunk, uint16_t* mentioned) const {
   uint16_t open = kAllBlocks;
   uint16_t shown = 0;
   uint16_t any = 0;
-  for (size_t i = layers_.size() - 1; i-- > 0 && (open != 0 || (mentioned != nullptr && any != kAllBlocks));) {
-    const LayerView found = view(layers_[i], chunk);
+  through_layers(chunk, layers_.size() - 1, [&](const Layer& layer) {
+    const LayerView found = view(layer, chunk);
     shown = static_cast<uint16_t>(shown | (open & found.data));
     open = static_cast<uint16_t>(open & ~(found.data | found.zero));
     any = static_cast<uint16_t>(any | found.data | found.zero);
-  }
+    return open != 0 || (mentioned != nullptr && any != kAllBlocks);
+  });
   if (mentioned != nullptr) *mentioned = any;
   return shown;
 }
@@ -55,16 +75,16 @@ uint32_t VolumeImpl::resolve(uint64_t offset, uint64_t end, Piece* out, uint32_t
     Place places[kBlocksPerChunk];
     uint32_t depth = 0;
     uint16_t open = wanted;
-    for (size_t i = layers_.size(); i-- > 0;) {
-      const LayerView found = view(layers_[i], chunk);
+    through_layers(chunk, layers_.size(), [&](const Layer& layer) {
+      const LayerView found = view(layer, chunk);
       const auto mine = static_cast<uint16_t>(open & found.data);
       open = static_cast<uint16_t>(open & ~(found.data | found.zero));
       if (mine != 0) {
         masks[depth] = mine;
         places[depth++] = found.place;
       }
-      if (open == 0) break;
-    }
+      return open != 0;
+    });
     for (uint32_t block = first; block < last;) {
       uint32_t source = 0;
       while (source < depth && (masks[source] >> block & 1) == 0) source++;
