@@ -56,6 +56,23 @@ TEST(VolumeCut, ASnapshotShowsTheSameWhateverIsWrittenOrDiscardedLater) {
   }
 }
 
+TEST(VolumeCut, AChainOfMoreLayersThanAMaskHasBitsReadsTheSame) {
+  CutBench bench(2 * kMiB);
+  SimRandom random(11);
+  std::vector<uint8_t> model(2 * kMiB / kBlock, 0);
+  ASSERT_TRUE(bench.open().ok());
+  for (int round = 0; round < 44; round++) {
+    bench.churn(random, model, 5);
+    ASSERT_EQ(bench.blocks(), model) << "round " << round;  // the masks are there when the next layer comes
+    const Status status = bench.cut();
+    ASSERT_TRUE(status.ok()) << status.message;
+    bench.churn(random, model, 3);
+    ASSERT_EQ(bench.blocks(), model) << "round " << round;
+  }
+  ASSERT_TRUE(bench.reopen().ok());
+  EXPECT_EQ(bench.blocks(), model);
+}
+
 TEST(VolumeCut, TheRecordsSayWhatHappened) {
   CutBench bench;
   ASSERT_TRUE(bench.open().ok());
