@@ -11,8 +11,10 @@
 #include <set>
 #include <vector>
 
+#include "core/checker.h"
 #include "core/page_arena.h"
 #include "core/pages.h"
+#include "core/records.h"
 #include "core/sim_disk.h"
 #include "core/sim_executor.h"
 #include "volume_fixture.h"
@@ -20,6 +22,7 @@
 namespace holdfast::test {
 namespace {
 
+using format::LayerRecord;
 using format::SlabEntry;
 using format::SlabPage;
 using format::VolumeRecord;
@@ -66,8 +69,8 @@ struct FrozenView {
   std::vector<std::vector<uint64_t>> values;  // per block: what it may hold for ever; fixed when read first
 };
 
-// A cut of an open volume that has not been answered. Until it is, any value that a block had when it began, or that was
-// written since, may be the snapshot's.
+// A cut that has not been answered, or whose answer is not known. Until it is, any value that a block had when it began,
+// or that was written since, may be the snapshot's. The record decides.
 struct PendingCut {
   LayerSpec top;
   FrozenView view;
@@ -90,6 +93,8 @@ struct SimVolume {
   uint64_t size_blocks = 0;   // what has been acknowledged
   uint64_t may_be_blocks = 0;  // what a cut-off growth may have made it
   bool growing = false;
+  uint64_t recorded_epoch = 0;   // its record has had this epoch durably: no crash may take it back
+  uint64_t recorded_blocks = 0;  // nor this size, once somebody has been told of it
   std::vector<FrozenView> frozen;
   std::unique_ptr<PendingCut> cut;
   bool cutting = false;       // the engine lives that was asked
@@ -116,7 +121,10 @@ struct World final : VolumeObserver {
         verbose(verbose_),
         random(seed_),
         superblock(small_superblock(64)),
-        disk(superblock.device_bytes, seed_ * 31 + 7, [this](uint64_t block) { return is_page(block * kBlock); }) {}
+        disk(superblock.device_bytes, seed_ * 31 + 7, [this](uint64_t block) { return is_page(block * kBlock); }) {
+    superblock.header.pool = kPoolUuid;
+    disk.set_watcher([this](const IoRequest& request) { submitted(request); });
+  }
 
   bool is_page(uint64_t offset) const {
     return offset < superblock.first_region_offset + format::kRegionPagesSize;
@@ -143,6 +151,7 @@ struct World final : VolumeObserver {
     if (info.generation != generation) return;  // STALE: changes nothing
     if (info.where == SlabInfo::Where::kLayer && info.layer != layer) fail("a slab was claimed by two layers");
     if (info.where == SlabInfo::Where::kFree) return;
+    check_claimed(slab, layer);
     info.where = SlabInfo::Where::kLayer;
     info.layer = layer;
   }
@@ -155,6 +164,7 @@ struct World final : VolumeObserver {
     emptied++;
     if (info.where == SlabInfo::Where::kLayer && info.layer != layer)
       fail("a slab was emptied by a layer that had it not");
+    check_given_back(slab, generation);
     info.where = SlabInfo::Where::kFree;
     if (random.chance(500)) grant(slab);  // handed on at once: a late discard would meet its new owner
   }
@@ -167,6 +177,7 @@ struct World final : VolumeObserver {
   void volume_event(uint64_t volume_id, Code, const std::string& message) override {
     if (ignoring) return;
     log("event of volume %llu: %s", (unsigned long long)volume_id, message.c_str());
+    std::erase_if(unnamed, [&](const std::string& slab) { return message.find(slab) != std::string::npos; });
     if (!damaged && message.find("is mapped by slab") != std::string::npos)
       fail("a chunk was mapped twice: " + message);
   }
@@ -209,6 +220,161 @@ struct World final : VolumeObserver {
     }
     return runs;
   }
+
+  // ---- what the disk must hold at certain moments
+
+  // A claimed slab has neither copy left as an earlier owner's or a blank one: they say whose it is, or were torn later.
+  // Durably, unless failed writes may have left one in the cache only.
+  void check_claimed(uint64_t slab, uint64_t layer) {
+    SlabPage pair[2];
+    if (error_chance > 0) disk.peek(page_address(slab), pair, sizeof pair);
+    else disk.peek_durable(page_address(slab), pair, sizeof pair);
+    for (uint32_t copy = 0; copy < 2; copy++) {
+      const PageState state = verify(pair[copy], kPoolUuid, page_address(slab) + copy * kBlock);
+      if (state == PageState::kBadCrc) continue;
+      if (state == PageState::kOk && pair[copy].generation == slabs[slab].generation && pair[copy].layer_id == layer)
+        continue;
+      fail("slab " + std::to_string(slab) + " is used, but copy " + "AB"[copy] + " of its page does not name its layer");
+    }
+  }
+  // A slab that was given back is free in both copies, whichever of them gets lost.
+  void check_given_back(uint64_t slab, uint64_t generation) {
+    SlabPage pair[2];
+    disk.peek_durable(page_address(slab), pair, sizeof pair);
+    for (uint32_t copy = 0; copy < 2; copy++) {
+      const PageState state = verify(pair[copy], kPoolUuid, page_address(slab) + copy * kBlock);
+      if (state == PageState::kOk && pair[copy].layer_id == 0 && pair[copy].generation == generation) continue;
+      fail("slab " + std::to_string(slab) + " was given back, but copy " + "AB"[copy] + " of its page is not free");
+    }
+  }
+  // Of two copies the one that is certain to serve is never written over: torn, it would leave the older one. (Where
+  // writes fail their outcome is unknown, and "the same copy again" may be that one.)
+  void check_overwrite(uint64_t address) {
+    if (error_chance > 0) return;
+    const uint64_t pair_address = address / (2 * kBlock) * (2 * kBlock);
+    PageBuffer pair(2 * kBlock);
+    disk.peek_durable(pair_address, pair.data(), pair.size());
+    const auto newer = [&]<typename Page>(const Page& a, const Page& b) {  // -1: as good as each other
+      const Copies copies = [&] {
+        if constexpr (std::is_same_v<Page, SlabPage>) return choose_slab(a, b, kPoolUuid, pair_address);
+        else return choose_record(a, b, kPoolUuid, pair_address);
+      }();
+      return copies.equal ? -1 : copies.newest;
+    };
+    int serves = -1;
+    if (address >= superblock.first_region_offset) serves = newer(pair.at<SlabPage>(0), pair.at<SlabPage>(kBlock));
+    else if (address >= superblock.layer_table_offset)
+      serves = newer(pair.at<LayerRecord>(0), pair.at<LayerRecord>(kBlock));
+    else serves = newer(pair.at<VolumeRecord>(0), pair.at<VolumeRecord>(kBlock));
+    if (serves >= 0 && pair_address + static_cast<uint64_t>(serves) * kBlock == address) {
+      fail("the copy that serves is written over, at byte " + std::to_string(address));
+    }
+  }
+  void submitted(const IoRequest& request) {
+    if (ignoring || request.op != IoOp::kWrite) return;
+    if (is_page(request.offset)) return check_overwrite(request.offset);
+    const uint64_t data = format::slab_data_offset(superblock.first_region_offset, 0);
+    const uint64_t slab = (request.offset - data) / format::kSlabSize;
+    const SlabInfo& info = slabs[slab];
+    if (info.where == SlabInfo::Where::kFree) fail("data goes into slab " + std::to_string(slab) + ", which is free");
+    uint64_t layer = info.layer;
+    if (info.where == SlabInfo::Where::kStock) {  // taken, and not yet heard of
+      SlabPage page;
+      disk.peek(page_address(slab), &page, sizeof page);
+      layer = page.layer_id;
+    }
+    check_claimed(slab, layer);
+  }
+
+  uint64_t record_address(const SimVolume& one) const {
+    return superblock.volume_table_offset + uint64_t{one.spec.slot} * 2 * kBlock;
+  }
+  // Before a crash: the epochs that the records have reached for certain.
+  void note_records() {
+    for (auto& one : volumes) {
+      VolumeRecord pair[2];
+      disk.peek_durable(record_address(*one), pair, sizeof pair);
+      const Copies copies = choose_record(pair[0], pair[1], kPoolUuid, record_address(*one));
+      if (copies.valid()) one->recorded_epoch = std::max(one->recorded_epoch, pair[copies.newest].epoch);
+    }
+  }
+  // After it: epochs only grow, and what a record has said is not forgotten.
+  void check_records() {
+    for (auto& one : volumes) {
+      VolumeRecord pair[2];
+      disk.peek(record_address(*one), pair, sizeof pair);
+      const Copies copies = choose_record(pair[0], pair[1], kPoolUuid, record_address(*one));
+      const std::string name = "the record of volume " + std::to_string(one->id);
+      if (copies.bad()) fail("both copies of " + name + " are damaged");
+      if (one->recorded_epoch == 0) continue;
+      if (!copies.valid()) fail(name + " is gone");
+      if (pair[copies.newest].epoch < one->recorded_epoch) fail(name + " has lost an epoch");
+      if (pair[copies.newest].size_bytes < one->recorded_blocks * kBlock) fail(name + " has lost a size");
+    }
+  }
+
+  // The agent's way to the disk: blocking calls, while which everything else goes on. If the power fails meanwhile the
+  // call ends with an error, and a crash is due.
+  struct AgentDevice final : SyncDevice {
+    struct Call {
+      IoRequest io;
+      iovec iov{};
+      PageBuffer buffer{kBlock};
+      bool over = false;
+      bool abandoned = false;
+      int error = 0;
+    };
+    explicit AgentDevice(World& in) : world(in) {}
+    uint64_t size_bytes() const override { return world.disk.size_bytes(); }
+    const std::string& name() const override { return name_; }
+    Status read(uint64_t offset, void* buffer, size_t length) override {
+      world.disk.peek(offset, buffer, length);
+      return {};
+    }
+    Status write_durable(uint64_t offset, const void* buffer, size_t length) override {
+      HF_ASSERT(length == kBlock);
+      auto call = std::make_unique<Call>();
+      std::memcpy(call->buffer.data(), buffer, length);
+      call->iov = {call->buffer.data(), length};
+      call->io.op = IoOp::kWrite;
+      call->io.fua = true;
+      call->io.offset = offset;
+      call->io.length = length;
+      call->io.iov = &call->iov;
+      call->io.iov_count = 1;
+      return carry_out(std::move(call));
+    }
+    Status flush() override {
+      auto call = std::make_unique<Call>();
+      call->io.op = IoOp::kFlush;
+      return carry_out(std::move(call));
+    }
+    Status carry_out(std::unique_ptr<Call> call) {
+      call->io.user = call.get();
+      call->io.done = [](IoRequest* request, int error) {
+        auto* self = static_cast<Call*>(request->user);
+        self->over = true;
+        self->error = error;
+        if (self->abandoned) delete self;
+      };
+      world.disk.submit(&call->io);
+      while (!call->over && !world.crash_due()) world.step();
+      if (!call->over) {
+        call->abandoned = true;
+        (void)call.release();
+        return {Code::kIo, "the power has failed"};
+      }
+      if (call->error != 0) return {Code::kIo, "the disk has failed"};
+      return {};
+    }
+    Status write(uint64_t, const void*, size_t) override { return unused(); }
+    Status discard(uint64_t, uint64_t) override { return unused(); }
+    Status zero(uint64_t, uint64_t) override { return unused(); }
+    static Status unused() { return {Code::kUnsupported, "the agent of the simulation does not do that"}; }
+
+    World& world;
+    std::string name_ = "simulated";
+  };
 
   // ---- volumes
 
@@ -286,12 +452,14 @@ struct World final : VolumeObserver {
     one.volume = std::move(*result);
     one.state = SimVolume::State::kOpen;
     one.must_take_over = false;
+    if (one.cut != nullptr) cut_happened(one);
     const uint64_t blocks = one.volume->stats().size_bytes / kBlock;
     if (blocks != one.size_blocks && blocks != one.may_be_blocks) {
       fail("volume " + std::to_string(one.id) + " has a size that nobody gave it");
     }
     one.size_blocks = blocks;
     one.may_be_blocks = blocks;
+    one.recorded_blocks = blocks;
     one.cells.resize(std::max<size_t>(blocks, one.cells.size()), Cell{{0, 0, 0, true, false}});
     log("volume %llu is open%s", (unsigned long long)one.id, taking_over ? " (taken over)" : "");
   }
@@ -463,6 +631,8 @@ struct World final : VolumeObserver {
     else disk.complete_one();
     return true;
   }
+  // The fuse has blown: whatever goes on now goes no further.
+  bool crash_due() const { return disk.fuse_blown(); }
   void settle() {
     for (uint64_t guard = 0;; guard++) {
       if (guard > 2'000'000) fail("the engine never comes to rest");
@@ -514,7 +684,7 @@ struct World final : VolumeObserver {
     return found;
   }
   void wait_for(SimVolume& one) {
-    for (uint64_t guard = 0; one.outstanding > 0; guard++) {
+    for (uint64_t guard = 0; one.outstanding > 0 && !crash_due(); guard++) {
       if (guard > 2'000'000) fail("a request is never answered");
       if (step()) continue;
       refill(2);
@@ -522,28 +692,31 @@ struct World final : VolumeObserver {
     }
   }
 
+  // Or, when it is to be stopped in the middle of that: as far as it gets.
   void close_volume(SimVolume& one) {
     wait_for(one);
-    while (one.growing) {
+    while (one.growing && !crash_due()) {
       if (!step()) fail("grow() never answered");
     }
-    for (uint64_t guard = 0; one.cutting; guard++) {
+    for (uint64_t guard = 0; one.cutting && !crash_due(); guard++) {
       if (guard > 2'000'000) fail("cut() never answered");
       if (!step()) executor.advance(1'000'000);
     }
+    if (crash_due()) return;
     one.state = SimVolume::State::kStopping;
     log("close volume %llu", (unsigned long long)one.id);
-    Status status{Code::kUnavailable, "close() never answered"};
-    bool closed = false;
-    one.volume->close([&](Status s) {
-      status = std::move(s);
-      closed = true;
-    });
-    while (!closed && step()) {
+    const auto outcome = std::make_shared<Status>(Code::kUnavailable, "close() never answered");
+    one.volume->close([outcome](Status s) { *outcome = std::move(s); });
+    for (uint64_t steps = random.chance(100) ? random.below(60) : kOpenEnded; steps > 0; steps--) {
+      if (crash_due()) return;
+      if (outcome->code != Code::kUnavailable || !step()) break;
     }
-    if (!closed) fail("close() never answered");
-    if (!status.ok()) {
-      if (error_chance == 0) fail("close failed although the disk did not: " + status.message);
+    if (outcome->code == Code::kUnavailable) {
+      if (disk.in_flight() == 0 && executor.idle()) fail(outcome->message);
+      return stop_volume(one);
+    }
+    if (!outcome->ok()) {
+      if (error_chance == 0) fail("close failed although the disk did not: " + outcome->message);
       one.state = SimVolume::State::kOpen;
       return stop_volume(one);
     }
@@ -576,6 +749,9 @@ struct World final : VolumeObserver {
       }
     }
     release_stock_of_the_dead();
+    if (random.chance(300)) return;
+    const Status closed = write_volume_closed(agent, superblock, one.spec.slot, one.id, one.spec.epoch);
+    if (!closed.ok() && !crash_due() && error_chance == 0) fail("closed(epoch) is not written: " + closed.message);
   }
   // A slab that the stopped volume had taken and not yet reported is found by its page, as after a host's death; but
   // the stock itself lives on, so only what is in nobody's hands is sorted.
@@ -609,6 +785,8 @@ struct World final : VolumeObserver {
 
   // The engine's process is gone with everything in it; the arena's memory is as it was at that moment.
   void end_engine() {
+    note_records();
+    disk.set_fuse(0);
     std::vector<std::vector<std::byte>> arenas;
     for (auto& one : volumes) {
       arenas.emplace_back(one->arena_memory->data(), one->arena_memory->data() + one->arena_memory->size());
@@ -655,10 +833,32 @@ struct World final : VolumeObserver {
     }
   }
 
+  // A crash, and all volumes opened again; with some luck another crash in the middle of that, and another.
+  void crash(bool power) {
+    bool cut = false;
+    for (;;) {
+      if (power) cut_power();
+      else kill_engine();
+      cut |= power;
+      if (!random.chance(again_chance)) break;
+      disk.set_fuse(1 + static_cast<uint32_t>(random.below(random.chance(700) ? 8 : 40)));
+      while (!crash_due() && step()) {
+      }
+      if (!crash_due()) break;
+      power = random.chance(500);
+    }
+    disk.set_fuse(0);
+    settle();
+    if (!cut) return;
+    for (auto& one : volumes) verify_all(*one);
+    for (auto& one : volumes) check_frozen(*one);
+    refill(random.below(4));
+  }
   void kill_engine() {
     kills++;
     log("the engine is killed");
     end_engine();
+    check_records();
     std::set<uint64_t> known;  // to an arena: not the stock's to hand out
     for (auto& one : volumes) {
       if (one->state == SimVolume::State::kClosed && !one->must_take_over) continue;
@@ -675,12 +875,11 @@ struct World final : VolumeObserver {
     for (auto& [slab, info] : slabs) {
       if (info.where == SlabInfo::Where::kStock && known.count(slab) == 0) stock.add(slab, 1, info.generation);
     }
+    errors_on = false;
+    disk.set_errors(0);
     for (auto& one : volumes) {
       if (one->must_take_over) open_volume(*one);
     }
-    errors_on = false;
-    disk.set_errors(0);
-    settle();
   }
 
   void cut_power() {
@@ -693,16 +892,13 @@ struct World final : VolumeObserver {
     disk.set_errors(0);
     sort_slabs_by_pages();
     check_pages();
+    check_records();
     for (auto& one : volumes) {
       one->must_take_over = false;
       one->state = SimVolume::State::kClosed;
       for (Cell& cell : one->cells) cell = after_cut(cell, one->flushed_upto);
       open_volume(*one);
     }
-    settle();
-    for (auto& one : volumes) verify_all(*one);
-    for (auto& one : volumes) check_frozen(*one);
-    refill(random.below(4));
   }
 
   // Reads everything back; from then on it is what it is.
@@ -783,56 +979,105 @@ struct World final : VolumeObserver {
     }
   }
 
+  // The rest of a pool, of two hosts, so that `pool check` has one to judge.
+  void format_pool() {
+    superblock.fencing = format::FencingClass::kLeaseOnly;
+    superblock.renew_interval_ms = 2'000;
+    superblock.lease_ms = 10'000;
+    superblock.host_slots = 2;
+    superblock.fence_generations = 1;
+    superblock.authority_offset = format::kAuthorityOffset;
+    superblock.heartbeat_offset = format::kHeartbeatOffset;
+    superblock.fence_offset = superblock.heartbeat_offset + superblock.host_slots * 2 * kBlock;
+    const auto put = [&]<typename Page>(Page page, uint64_t address, uint32_t copies) {
+      for (uint32_t copy = 0; copy < copies; copy++) {
+        seal(page, kPoolUuid, address + copy * kBlock, 1);
+        disk.poke(address + copy * kBlock, &page, kBlock);
+      }
+    };
+    put(superblock, format::kSuperblockAOffset, 1);
+    put(superblock, format::kSuperblockBOffset, 1);
+    put(format::AuthorityPage{}, superblock.authority_offset, 2);
+    for (uint32_t host = 0; host < superblock.host_slots; host++) {
+      format::HeartbeatPage heartbeat{};
+      heartbeat.host_id = host;
+      put(heartbeat, heartbeat_offset(superblock, host), 2);
+      format::FencePage fence{};
+      fence.host_id = host;
+      put(fence, fence_offset(superblock, host, 0), 1);
+    }
+  }
+  // Nothing that crashes and failing writes have left is worth a warning, save that a layer's record stays torn in one
+  // copy until it is written again.
+  void check_whole_pool(const char* when) {
+    Result<CheckReport> report = check_pool(agent, {});
+    if (!report.ok()) fail(std::string(when) + ", the pool is not one: " + report.status.message);
+    for (const CheckFinding& finding : report->findings) {
+      if (finding.severity == CheckFinding::Severity::kInfo || finding.kind == "layer-record-copy-bad") continue;
+      fail(std::string(when) + ", the checker finds " + severity_name(finding.severity) + " " + finding.kind + ": " +
+           finding.message);
+    }
+  }
+
   // ---- layers: what a snapshot leaves, made while the volume is closed
 
   void snapshot(SimVolume& one) {
-    FrozenView view;
-    view.layers = one.spec.layers;
-    for (LayerSpec& layer : view.layers) layer.frozen = true;
-    view.size_bytes = one.size_blocks * kBlock;
+    begin_cut(one);
     for (uint64_t b = 0; b < one.size_blocks; b++) {
       std::vector<uint64_t> values;
       for (const Candidate& c : after_cut(one.cells[b], one.flushed_upto)) values.push_back(c.value);
-      view.values.push_back(std::move(values));
+      one.cut->view.values.push_back(std::move(values));
     }
-    LayerSpec top;
-    top.layer_id = one.id * 100 + one.next_layer++;
-    top.slot = static_cast<uint32_t>(one.id + 8 * one.next_layer);
-    top.parent_layer_id = one.spec.layers[0].layer_id;
-    top.birth = one.next_layer;
-    one.spec.layers[0].frozen = true;
-    one.spec.layers.insert(one.spec.layers.begin(), top);
-    // The record names the new top; that is what makes it one.
-    const uint64_t address = superblock.volume_table_offset + one.spec.slot * 2 * kBlock;
-    PageBuffer pair(2 * kBlock);
-    disk.peek(address, pair.data(), 2 * kBlock);
-    const Copies copies = choose_record(pair.at<VolumeRecord>(0), pair.at<VolumeRecord>(kBlock), kPoolUuid, address);
-    if (!copies.valid()) fail("the record of a closed volume is not usable");
-    VolumeRecord record = pair.at<VolumeRecord>(static_cast<size_t>(copies.newest) * kBlock);
-    record.top_layer_id = top.layer_id;
-    for (uint32_t copy = 0; copy < 2; copy++) {
-      auto& page = pair.at<VolumeRecord>(copy * kBlock);
-      page = record;
-      seal(page, kPoolUuid, address + copy * kBlock, record.header.sequence + 1);
-      disk.poke(address + copy * kBlock, &page, kBlock);
-    }
-    log("snapshot of volume %llu: layer %llu on top", (unsigned long long)one.id, (unsigned long long)top.layer_id);
-    one.frozen.push_back(std::move(view));
+    log("snapshot of volume %llu: layer %llu on top", (unsigned long long)one.id,
+        (unsigned long long)one.cut->top.layer_id);
+    disk.set_errors(0);
+    const Status written = write_cut(one);
+    set_errors();
+    if (crash_due()) return;
+    if (!written.ok()) fail("a snapshot's records can't be written: " + written.message);
+    cut_happened(one);
   }
-  // While requests are under way. What a dead engine was asked is settled by the record, when it is opened next.
-  void cut_volume(SimVolume& one) {
-    if (one.cut != nullptr || one.growing || one.spec.layers.size() >= max_layers) return;
+  // The layers' records first. Then the volume's names the new top: that is what makes it one.
+  Status write_cut(SimVolume& one) {
+    const LayerSpec& top = one.cut->top;
+    LayerRecord fresh{};
+    fresh.layer_id = top.layer_id;
+    fresh.parent_layer_id = top.parent_layer_id;
+    fresh.volume_id = one.id;
+    fresh.size_bytes = one.cut->view.size_bytes;
+    fresh.birth = top.birth;
+    fresh.state = format::LayerState::kWritable;
+    if (Status status = write_layer_record(agent, superblock, top.slot, fresh); !status.ok()) return status;
+    auto old = load_layer_record(agent, superblock, one.spec.layers[0].slot);
+    auto record = load_volume_record(agent, superblock, one.spec.slot);
+    if (!old.ok() || !old->has_value() || !record.ok() || !record->has_value()) {
+      fail("the records of a closed volume are not usable");
+    }
+    (*old)->state = format::LayerState::kFrozen;
+    (*old)->size_bytes = one.cut->view.size_bytes;
+    if (Status status = write_layer_record(agent, superblock, one.spec.layers[0].slot, **old); !status.ok())
+      return status;
+    (*record)->top_layer_id = top.layer_id;
+    return write_volume_record(agent, superblock, one.spec.slot, **record);
+  }
+  void begin_cut(SimVolume& one) {
     one.cut = std::make_unique<PendingCut>();
     PendingCut& cut = *one.cut;
     cut.view.layers = one.spec.layers;
     for (LayerSpec& layer : cut.view.layers) layer.frozen = true;
     cut.view.size_bytes = one.size_blocks * kBlock;
-    now++;
-    for (uint64_t b = 0; b < one.size_blocks; b++) cut.view.values.push_back(current_values(one.cells[b], now));
     cut.top.layer_id = one.id * 100 + one.next_layer++;
     cut.top.slot = static_cast<uint32_t>(one.id + 8 * one.next_layer);
     cut.top.parent_layer_id = one.spec.layers[0].layer_id;
     cut.top.birth = one.next_layer;
+  }
+  // While requests are under way. What a dead engine was asked is settled by the record, when it is opened next.
+  void cut_volume(SimVolume& one) {
+    if (one.cut != nullptr || one.growing || one.spec.layers.size() >= max_layers) return;
+    begin_cut(one);
+    PendingCut& cut = *one.cut;
+    now++;
+    for (uint64_t b = 0; b < one.size_blocks; b++) cut.view.values.push_back(current_values(one.cells[b], now));
     one.cutting = true;
     log("cut volume %llu: layer %llu on top", (unsigned long long)one.id, (unsigned long long)cut.top.layer_id);
     SimVolume* target = &one;
@@ -852,27 +1097,31 @@ struct World final : VolumeObserver {
     });
   }
   void cut_happened(SimVolume& one) {
-    for (VolumeSpec* spec : {&one.spec, &one.opened_spec}) {
-      if (spec->layers.empty() || spec->layers[0].layer_id == one.cut->top.layer_id) continue;
-      spec->layers[0].frozen = true;
-      spec->layers.insert(spec->layers.begin(), one.cut->top);
-    }
+    set_top(one, true);
     one.frozen.push_back(std::move(one.cut->view));
     one.cut.reset();
   }
+  void set_top(SimVolume& one, bool there) {
+    for (VolumeSpec* spec : {&one.spec, &one.opened_spec}) {
+      if (spec->layers.empty() || (spec->layers[0].layer_id == one.cut->top.layer_id) == there) continue;
+      if (there) {
+        spec->layers[0].frozen = true;
+        spec->layers.insert(spec->layers.begin(), one.cut->top);
+      } else {
+        spec->layers.erase(spec->layers.begin());
+        spec->layers[0].frozen = false;
+      }
+    }
+  }
+  // For as long as the volume is not open: what the record says may be in the cache only, and opening makes it durable.
   void resolve_cut(SimVolume& one) {
     if (one.cut == nullptr) return;
     one.cutting = false;
-    const uint64_t address = superblock.volume_table_offset + one.spec.slot * 2 * kBlock;
-    PageBuffer pair(2 * kBlock);
-    disk.peek(address, pair.data(), 2 * kBlock);
-    const Copies copies = choose_record(pair.at<VolumeRecord>(0), pair.at<VolumeRecord>(kBlock), kPoolUuid, address);
-    if (!copies.valid()) fail("the record of a volume that was cut is not usable");
-    if (pair.at<VolumeRecord>(static_cast<size_t>(copies.newest) * kBlock).top_layer_id == one.cut->top.layer_id) {
-      cut_happened(one);
-    } else {
-      one.cut.reset();
-    }
+    const auto record = load_volume_record(agent, superblock, one.spec.slot);
+    if (!record.ok() || !record.value->has_value()) fail("the record of a volume that was cut is not usable");
+    const bool happened = (*record.value)->top_layer_id == one.cut->top.layer_id;
+    set_top(one, happened);
+    if (!happened) one.cut.reset();
   }
   void check_frozen(SimVolume& one) {
     for (FrozenView& view : one.frozen) {
@@ -937,9 +1186,12 @@ struct World final : VolumeObserver {
     hot_chunk = random.below(max_chunks);
     depth = 1 + random.below(10);
     const uint64_t lazy = random.below(900);
-    const uint64_t crash_chance = 4 + random.below(25);
+    const uint64_t crash_chance = 4 + random.below(20);
+    const uint32_t aim_chance = random.chance(500) ? 0 : 40;
     const uint64_t kill_share = random.below(1000);
+    again_chance = random.chance(300) ? 0 : static_cast<uint32_t>(random.below(800));
     error_chance = random.chance(300) ? 5 + random.below(random.chance(300) ? 250 : 60) : 0;
+    page_error_chance = random.chance(500) ? error_chance : 100 + random.below(600);
     const uint64_t count = 1 + random.below(3);
     for (uint64_t s = 0; s < slab_total; s++) slabs[s] = {};
     for (uint64_t v = 1; v <= count; v++) make_volume(v);
@@ -950,26 +1202,28 @@ struct World final : VolumeObserver {
     const uint64_t length = 60 + random.below(240);
     for (uint64_t i = 0; i < length; i++) {
       // Let the engine and the disk get on, a little or a lot.
-      while (!random.chance(static_cast<uint32_t>(lazy)) && step()) {
+      while (!crash_due() && !random.chance(static_cast<uint32_t>(lazy)) && step()) {
+      }
+      if (crash_due()) {
+        crash(random.below(1000) >= kill_share);
+        continue;
+      }
+      if (random.chance(aim_chance)) {
+        disk.set_fuse(1 + static_cast<uint32_t>(random.below(random.chance(500) ? 6 : 60)));
       }
       if (random.chance(100)) executor.advance(random.below(1'000'000));
       if (random.chance(150)) refill(1 + random.below(3));
+      if (error_chance > 0 && random.chance(30)) {
+        storm();
+        continue;
+      }
       if (error_chance > 0 && random.chance(40)) {
         errors_on = !errors_on;
-        disk.set_errors(errors_on ? static_cast<uint32_t>(error_chance) : 0);
+        set_errors();
         log("disk errors %s", errors_on ? "on" : "off");
-        if (!errors_on && random.chance(500)) {
-          // What a failed flush left half written, met by the next flush and a cut in the middle of it.
-          for (SimVolume* one : in_state(SimVolume::State::kOpen)) start(*one, VolumeOp::kFlush, 0, 0, false);
-          for (uint64_t steps = random.below(60); steps > 0 && step(); steps--) {
-          }
-          cut_power();
-          continue;
-        }
       }
       if (random.chance(static_cast<uint32_t>(crash_chance))) {
-        if (random.below(1000) < kill_share) kill_engine();
-        else cut_power();
+        crash(random.below(1000) >= kill_share);
         continue;
       }
       auto closed = in_state(SimVolume::State::kClosed);
@@ -998,15 +1252,49 @@ struct World final : VolumeObserver {
       }
     }
     // The end: everything by the book, then everything once more after a last cut.
-    disk.set_errors(0);
+    if (crash_due()) crash(true);
     errors_on = false;
+    set_errors();
+    disk.set_fuse(0);
+    again_chance = 0;
     for (auto& one : volumes) {
       if (one->state == SimVolume::State::kClosed) open_volume(*one);
     }
     settle_answers();
-    cut_power();
+    crash(true);
     if (random.chance(700)) return damage_pages();
+    format_pool();
+    check_whole_pool("after a crash");
     for (auto& one : volumes) close_volume(*one);
+    check_whole_pool("after a clean close");
+  }
+
+  // A flush, writes, a flush that fails at its pages, and while that is tried again the power goes.
+  void storm() {
+    log("a storm");
+    errors_on = false;
+    set_errors();
+    flush_all();
+    for (uint64_t count = 1 + random.below(6); count > 0; count--) {
+      for (SimVolume* one : in_state(SimVolume::State::kOpen)) random_operation(*one);
+    }
+    for (uint64_t steps = random.below(100); steps > 0 && step(); steps--) {
+    }
+    disk.set_errors(0, 200 + static_cast<uint32_t>(random.below(800)));
+    for (uint64_t tries = 1 + random.below(3); tries > 0; tries--) flush_all();
+    set_errors();
+    for (SimVolume* one : in_state(SimVolume::State::kOpen)) start(*one, VolumeOp::kFlush, 0, 0, false);
+    disk.set_fuse(1 + static_cast<uint32_t>(random.below(6)));
+    while (!crash_due() && step()) {
+    }
+    crash(random.chance(800));
+  }
+  // Asks every volume for a flush and waits for the answers, if they come by themselves.
+  void flush_all() {
+    disk.set_fuse(0);
+    for (SimVolume* one : in_state(SimVolume::State::kOpen)) start(*one, VolumeOp::kFlush, 0, 0, false);
+    while (step()) {
+    }
   }
 
   // One copy of some pages is damaged, the serving one as a rule. What was written last may be gone then, but no block
@@ -1023,6 +1311,11 @@ struct World final : VolumeObserver {
       const Copies copies = choose_slab(pair[0], pair[1], kPoolUuid, page_address(slab));
       if (!copies.valid() || copies.state[0] != copies.state[1]) continue;
       const int victim = random.chance(800) ? copies.newest : 1 - copies.newest;
+      const auto maps = [](const SlabEntry& entry) { return entry.logical_chunk != format::kNoChunk; };
+      if (std::any_of(std::begin(pair[victim].entries), std::end(pair[victim].entries), maps) &&
+          pair[victim].generation == info.generation && pair[victim].layer_id == info.layer) {
+        unnamed.insert("of slab " + std::to_string(slab) + " ");
+      }
       reinterpret_cast<uint8_t*>(&pair[victim])[1000] ^= 0x40;
       disk.poke(page_address(slab) + static_cast<uint64_t>(victim) * kBlock, &pair[victim], kBlock);
     }
@@ -1033,6 +1326,7 @@ struct World final : VolumeObserver {
       open_volume(*one);
     }
     settle();
+    if (!unnamed.empty()) fail("nobody was told of the damaged copy " + *unnamed.begin());
     for (auto& one : volumes) {
       if (one->state != SimVolume::State::kOpen) fail("one damaged copy kept a volume from opening");
       PageBuffer buffer(one->size_blocks * kBlock);
@@ -1046,6 +1340,10 @@ struct World final : VolumeObserver {
       }
     }
     end_engine();
+  }
+  void set_errors() {
+    disk.set_errors(errors_on ? static_cast<uint32_t>(error_chance) : 0,
+                    errors_on ? static_cast<uint32_t>(page_error_chance) : 0);
   }
   void settle_answers() {
     for (uint64_t guard = 0; !operations.empty() || !in_state(SimVolume::State::kOpening).empty(); guard++) {
@@ -1071,6 +1369,7 @@ struct World final : VolumeObserver {
         return;
       }
       target->size_blocks = blocks;
+      target->recorded_blocks = blocks;
       target->cells.resize(std::max<size_t>(blocks, target->cells.size()), Cell{{0, 0, 0, true, false}});
     });
   }
@@ -1081,6 +1380,7 @@ struct World final : VolumeObserver {
   format::Superblock superblock;
   SimExecutor executor;
   SimDisk disk;
+  AgentDevice agent{*this};
   TestStock stock;
   std::map<uint64_t, SlabInfo> slabs;
   std::vector<std::unique_ptr<SimVolume>> volumes;
@@ -1094,8 +1394,11 @@ struct World final : VolumeObserver {
   bool ignoring = false;
   bool errors_on = false;
   bool damaged = false;
+  std::set<std::string> unnamed;  // damaged pages of which no event has spoken yet
   uint64_t emptied = 0;
   uint64_t error_chance = 0;
+  uint64_t page_error_chance = 0;
+  uint32_t again_chance = 0;
 
   uint32_t chunks_per_slab = 0;
   uint64_t max_chunks = 0;

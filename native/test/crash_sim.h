@@ -2,14 +2,28 @@
 // engine and power cuts at any moment, and a model that knows what each block may hold. Everything follows from the
 // seed: a failure is repeated by running its seed again.
 //
+// What happens to the volumes (what happens to single writes: core/sim_disk.h):
+//   - the engine is killed and taken over from, or the power is cut: at any step; aimed at the writing of pages, by a
+//     fuse; and again and again in the middle of opening the volumes after that
+//   - requests fail, writes with an unknown outcome; in a storm, a flush fails at its pages and the power goes while it
+//     is tried again
+//   - a volume is revoked, also while it is being closed, and closed on its record by the agent; a snapshot is made by
+//     changing the record; the power may go in the middle of either
+//   - slabs that were given back are handed on at once, with stale pages of earlier owners in them, of any flush number;
+//     after a kill a slab may be handed out whose page still names a layer that never came to use it
+//   - the chunks of a slab, the slabs of the pool and the slots of the arena are scarce
+//   - at the end, one copy of some slab pages is damaged
+//
 // Checked, all the time or after each crash (DESIGN section 9, the data invariants):
 //   2. what was flushed before a crash reads back; what was acknowledged survives a killed engine
 //   3. what was never written reads as zeros; nothing of another volume, and nothing from before a discard, shows up
 //   4. a frozen layer shows what it showed
 //   5. no chunk is mapped twice in a layer, no slab is in two layers
-//   8. a torn page is never followed, and never stops the volume from opening
+//   8. a torn page is never followed, and never stops the volume from opening; damage is told of
+//   9. the epoch in a volume's record only grows, and a size that was acknowledged stays
 // and: every request is answered once; abort leaves nothing in flight; a clean close leaves both copies of every page
-// equal.
+// equal; data goes only into slabs that are claimed in both copies, durably; a slab that is given back is free in both;
+// the copy of a page that serves is never written over; `pool check` has nothing to say after all of it.
 #pragma once
 
 #include <cstdint>
