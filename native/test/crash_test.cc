@@ -7,7 +7,7 @@ namespace holdfast::test {
 namespace {
 
 TEST(Crash, ManySeedsKeepEveryInvariant) {
-  for (uint64_t seed = 1; seed <= 150; seed++) {
+  for (uint64_t seed = 1; seed <= 100; seed++) {
     const CrashResult result = run_crash_seed(seed);
     ASSERT_TRUE(result.ok) << result.failure;
   }
@@ -26,12 +26,14 @@ TEST_P(CrashSeed, ThatOnceFailedPasses) {
 }
 
 // The sentence says what went wrong. Where the simulation has changed since, the seed no longer leads there: each has a
-// test of its own beside it (data_hazards_test.cc, volume_space_test.cc).
+// test of its own beside it (data_hazards_test.cc, volume_space_test.cc, volume_cut_test.cc, layer_jobs_test.cc).
 INSTANTIATE_TEST_SUITE_P(
     Kept, CrashSeed,
     ::testing::Values(Failed{156, "a torn first claim was taken for damage"},
                       Failed{2448, "a chunk in limbo got a zero mask and was freed all the same"},
-                      Failed{10280, "writes waited for image slots that only another flush would have freed"}));
+                      Failed{10280, "writes waited for image slots that only another flush would have freed"},
+                      Failed{92, "a wipe wrote over both copies of a page at once"},
+                      Failed{952, "a forgotten slab that was empty came back with a take-over"}));
 
 }  // namespace
 }  // namespace holdfast::test

@@ -63,10 +63,10 @@ void SimDisk::submit(IoRequest* request) {
   HF_ASSERT(request->offset % kBlockSize == 0 && request->length % kBlockSize == 0);
   if (watcher_) watcher_(*request);
   flights_.push_back({request, sequence_});
-  if (is_page_write(*request)) page_event();
+  if (is_boundary(*request)) boundary();
 }
 
-void SimDisk::page_event() {
+void SimDisk::boundary() {
   if (fuse_ > 0 && --fuse_ == 0) blown_ = true;
 }
 
@@ -145,7 +145,7 @@ void SimDisk::complete_one() {
   flights_.pop_back();
   const bool page_write = is_page_write(*flight.request);
   const uint32_t errors = page_write ? page_errors_ : errors_;
-  if (page_write) page_event();
+  if (is_boundary(*flight.request)) boundary();
   int error = 0;
   if (dead_) {
     error = EIO;

@@ -14,8 +14,8 @@
 //   - A failed write, or one whose process was killed, may have been carried out in part, or whole; a page may be torn
 //     by it, too. A failed flush may have flushed. Writes to pages may fail more often than the rest, so that a flush
 //     gets past its data and fails at its pages.
-//   - A crash can be aimed: the fuse blows after so many page writes, between the submission of one and its completion
-//     or right after that, and the simulation crashes there.
+//   - A crash can be aimed: the fuse blows after so many page writes, flushes and discards, between the submission of one
+//     and its completion or right after that, and the simulation crashes there.
 //   - Data blocks that were never written read as garbage that names them, never as zeros.
 //
 // Not thread-safe. Contents are kept small: a block that repeats one 8-byte word costs that word.
@@ -66,7 +66,7 @@ class SimDisk final : public BlockDevice {
     page_errors_ = page_writes;
   }
   void set_errors(uint32_t per_mille) { set_errors(per_mille, per_mille); }
-  // The fuse: blown after `events` submissions and completions of page writes; 0 takes it out.
+  // The fuse: blown after `events` submissions and completions of page writes, flushes and discards; 0 takes it out.
   void set_fuse(uint32_t events) {
     fuse_ = events;
     blown_ = false;
@@ -114,7 +114,11 @@ class SimDisk final : public BlockDevice {
   bool is_page_write(const IoRequest& request) const {
     return request.op == IoOp::kWrite && is_page_(request.offset / format::kBlockSize);
   }
-  void page_event();
+  // Where what is durable, or what the map says, may change.
+  bool is_boundary(const IoRequest& request) const {
+    return is_page_write(request) || request.op == IoOp::kFlush || request.op == IoOp::kDiscard;
+  }
+  void boundary();
   uint32_t tear_unit() { return random_.chance(500) ? 512 : 64; }
 
   uint64_t size_bytes_;
