@@ -40,9 +40,20 @@
 
 namespace holdfast::test {
 
+// A crash at one certain place: at the `boundary`-th boundary of the I/O of the `nth` strip (wipe, cut, growth) of the run.
+struct CrashAim {
+  enum class At { kNowhere, kStrip, kWipe, kCut, kGrowth };
+  At at = At::kNowhere;
+  uint32_t nth = 1;
+  uint32_t boundary = 1;
+  bool power = true;  // else the engine is killed
+};
+
 struct CrashResult {
+  enum class Aimed { kNotReached, kCrashed, kOver };  // kOver: it had no such boundary any more
   bool ok = true;
   std::string failure;  // what was wrong, with the seed and the step
+  Aimed aimed = Aimed::kNotReached;
   uint64_t operations = 0;
   uint64_t cuts = 0;
   uint64_t kills = 0;
@@ -64,6 +75,6 @@ struct CrashResult {
   std::string counts() const;
 };
 
-CrashResult run_crash_seed(uint64_t seed, bool verbose = false);
+CrashResult run_crash_seed(uint64_t seed, bool verbose = false, const CrashAim& aim = {});
 
 }  // namespace holdfast::test

@@ -139,9 +139,20 @@ void World::bystander() {
 }
 
 // A crash soon, at some boundary of the I/O that begins now.
-void World::aim() {
-  if (!random.chance(aim_jobs_chance)) return;
+void World::aim(CrashAim::At what) {
+  if (aimed.at == what && ++aimed_seen == aimed.nth) {
+    armed = true;
+    disk.set_fuse(aimed.boundary);
+  }
+  if (aimed.at != CrashAim::At::kNowhere || !random.chance(aim_jobs_chance)) return;
   disk.set_fuse(1 + static_cast<uint32_t>(random.below(random.chance(700) ? 16 : 80)));
+}
+
+void World::aim_over(CrashAim::At what) {
+  if (!armed || aimed.at != what || crash_due()) return;
+  armed = false;
+  disk.set_fuse(0);
+  result.aimed = CrashResult::Aimed::kOver;
 }
 
 // ---- strips
@@ -178,11 +189,12 @@ void World::strip(uint64_t newest) {
   }
   log("strip of %llu layers from layer %llu on, under layer %llu", ull(victims.size()), ull(newest),
       ull(head.layer_id));
-  aim();
+  aim(CrashAim::At::kStrip);
   Result<StripReport> report = [&] {
     const Running running(job_running);
     return strip_layers(agent, superblock, victims, {head});
   }();
+  aim_over(CrashAim::At::kStrip);
   if (!job_done("strip", report.status)) return;
   result.strips++;
   result.stripped_blocks += report->cleared_blocks;
@@ -201,6 +213,9 @@ void World::strip_in_a_storm() {
   if (found.empty()) return;
   SimVolume& one = *found[random.below(found.size())];
   log("a strip in a storm");
+  // Once before, so that no record is written, and nothing flushed for its sake, in the one that counts.
+  strip(layer(one.top).spec.parent_layer_id);
+  if (crash_due() || one.state != SimVolume::State::kOpen || one.cut != nullptr) return;
   disk.set_fuse(0);
   for (uint64_t count = 1 + random.below(4); count > 0; count--) random_operation(one);
   for (uint64_t steps = random.below(60); steps > 0 && step(); steps--) {
@@ -208,8 +223,9 @@ void World::strip_in_a_storm() {
   start(one, VolumeOp::kFlush, 0, 0, false);
   for (uint64_t steps = random.below(40); steps > 0 && step(); steps--) {
   }
-  if (random.chance(600)) stop_volume(one);
+  if (random.chance(600)) stop_volume(one, false);
   const uint64_t newest = layer(one.top).spec.parent_layer_id;
+  if (!may_strip(layer(newest))) return;
   disk.set_fuse(1 + static_cast<uint32_t>(random.below(16)));
   strip(newest);
   while (!crash_due() && step()) {
@@ -310,11 +326,12 @@ void World::wipe_leaving(uint64_t number) {
   const auto found = std::find_if(leaving.begin(), leaving.end(), [&](const Leaving& l) { return l.number == number; });
   const Leaving gone = *found;
   log("wipe of slabs %llu of layer %llu", ull(number), ull(gone.layer));
-  aim();
+  aim(CrashAim::At::kWipe);
   const Status status = [&] {
     const Running running(job_running);
     return wipe_layers(agent, superblock, {{gone.layer, layer(gone.layer).spec.slot, gone.runs}}, false);
   }();
+  aim_over(CrashAim::At::kWipe);
   if (!job_done("wipe", status)) return;
   result.wipes++;
   free_slabs(gone.runs);
@@ -328,11 +345,12 @@ void World::wipe_layer(uint64_t id) {
   const std::vector<SlabRun> runs = slabs_of(id);
   layer(id).view.reset();
   log("wipe of layer %llu with %llu slabs", ull(id), ull(runs.size()));
-  aim();
+  aim(CrashAim::At::kWipe);
   const Status status = [&] {
     const Running running(job_running);
     return wipe_layers(agent, superblock, {{id, layer(id).spec.slot, runs}}, true);
   }();
+  aim_over(CrashAim::At::kWipe);
   if (!job_done("wipe of a layer", status)) return;
   result.wipes++;
   free_slabs(runs);
@@ -342,12 +360,13 @@ void World::wipe_layer(uint64_t id) {
 void World::wipe_deleted(SimVolume& one) {
   const std::vector<SlabRun> runs = slabs_of(one.top);
   log("wipe of volume %llu with %llu slabs", ull(one.id), ull(runs.size()));
-  aim();
+  aim(CrashAim::At::kWipe);
   const Status status = [&] {
     const Running running(job_running);
     return wipe_volume(agent, superblock,
                        {one.id, one.spec.slot, one.spec.epoch, {{one.top, layer(one.top).spec.slot, runs}}});
   }();
+  aim_over(CrashAim::At::kWipe);
   if (!job_done("wipe of a volume", status)) return;
   result.wipes++;
   free_slabs(runs);

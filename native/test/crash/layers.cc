@@ -213,7 +213,9 @@ void World::snapshot(SimVolume& one) {
   }
   log("snapshot of volume %llu: layer %llu on top", ull(one.id), ull(one.cut->top.layer_id));
   disk.set_errors(0);
+  aim(CrashAim::At::kCut);
   const Status written = write_cut(one);
+  aim_over(CrashAim::At::kCut);
   set_errors();
   if (crash_due()) return;
   if (!written.ok()) fail("a snapshot's records can't be written: " + written.message);
@@ -260,7 +262,7 @@ void World::cut_volume(SimVolume& one) {
   if (one.repeat.has_value()) return repeat_cut(one);
   if (one.spec.layers.size() >= max_layers) return;
   begin_cut(one);
-  aim();
+  aim(CrashAim::At::kCut);
   PendingCut& cut = *one.cut;
   now++;
   for (uint64_t b = 0; b < one.size_blocks; b++) cut.view.values.push_back(current_values(one.cells[b], now));
@@ -271,6 +273,7 @@ void World::cut_volume(SimVolume& one) {
   one.volume->cut(cut.top, info, 1'000'000'000, [this, target](Result<CutReport> outcome) {
     target->cutting = false;
     if (ignoring) return;
+    aim_over(CrashAim::At::kCut);
     log("cut of volume %llu: %s", ull(target->id), code_name(outcome.status.code));
     const Code code = outcome.status.code;
     if (outcome.ok()) {
@@ -289,12 +292,13 @@ void World::cut_volume(SimVolume& one) {
 // copies of the frozen pages equal.
 void World::repeat_cut(SimVolume& one) {
   one.cutting = true;
-  aim();
+  aim(CrashAim::At::kCut);
   log("cut volume %llu again: layer %llu is on top", ull(one.id), ull(one.repeat->layer_id));
   SimVolume* target = &one;
   one.volume->cut(*one.repeat, {}, 1'000'000'000, [this, target](Result<CutReport> outcome) {
     target->cutting = false;
     if (ignoring) return;
+    aim_over(CrashAim::At::kCut);
     if (outcome.status.code == Code::kUnavailable) return;
     if (!outcome.ok()) fail("cut, repeated: " + outcome.status.message);
     log("cut of volume %llu: answered at last", ull(target->id));

@@ -160,7 +160,10 @@ void World::close_volume(SimVolume& one) {
 }
 
 // Revoked: no page is written any more, what was not flushed may be gone, the power stays on.
-void World::stop_volume(SimVolume& one) {
+void World::stop_volume(SimVolume& one) { stop_volume(one, random.chance(700)); }
+
+// `closed`: the agent says so in the record.
+void World::stop_volume(SimVolume& one, bool closed) {
   log("stop volume %llu", ull(one.id));
   one.state = SimVolume::State::kStopping;
   bool stopped = false;
@@ -181,9 +184,9 @@ void World::stop_volume(SimVolume& one) {
     }
   }
   release_stock_of_the_dead();
-  if (random.chance(300)) return;
-  const Status closed = write_volume_closed(agent, superblock, one.spec.slot, one.id, one.spec.epoch);
-  if (!closed.ok() && !crash_due() && error_chance == 0) fail("closed(epoch) is not written: " + closed.message);
+  if (!closed) return;
+  const Status written = write_volume_closed(agent, superblock, one.spec.slot, one.id, one.spec.epoch);
+  if (!written.ok() && !crash_due() && error_chance == 0) fail("closed(epoch) is not written: " + written.message);
 }
 
 void World::grow_volume(SimVolume& one) {
@@ -191,7 +194,7 @@ void World::grow_volume(SimVolume& one) {
       one.size_blocks + 20 > max_chunks * kBlocksPerChunk * 2) {
     return;
   }
-  aim();
+  aim(CrashAim::At::kGrowth);
   const uint64_t blocks = one.size_blocks + 1 + random.below(20);
   log("grow volume %llu to %llu blocks", ull(one.id), ull(blocks));
   one.may_be_blocks = blocks;
@@ -200,6 +203,7 @@ void World::grow_volume(SimVolume& one) {
   one.volume->grow(blocks * kBlock, [this, target, blocks](Status status) {
     target->growing = false;
     if (ignoring) return;
+    aim_over(CrashAim::At::kGrowth);
     result.growths++;
     if (!status.ok()) {
       // Of unknown outcome on the disk, and told so: the size stays until the volume is opened anew.
@@ -373,14 +377,13 @@ void World::wrong(const SimVolume& one, uint64_t block, uint64_t value, const ch
   char text[400];
   std::string allowed;
   for (const Candidate& c : one.cells[block]) {
-    std::snprintf(text, sizeof text, " %llx[%llu..%lld%s%s]", ull(c.value),
-                  ull(c.start), c.end == kOpenEnded ? -1ll : (long long)c.end,
-                  c.durable ? " durable" : "", c.maybe ? " maybe" : "");
+    std::snprintf(text, sizeof text, " %llx[%llu..%lld%s%s]", ull(c.value), ull(c.start),
+                  c.end == kOpenEnded ? -1ll : static_cast<long long>(c.end), c.durable ? " durable" : "",
+                  c.maybe ? " maybe" : "");
     allowed += text;
   }
   std::snprintf(text, sizeof text, "volume %llu block %llu (chunk %llu): %s found %llx, flushed up to %llu, allowed:",
-                ull(one.id), ull(block), ull(block / kBlocksPerChunk),
-                when, ull(value), ull(one.flushed_upto));
+                ull(one.id), ull(block), ull(block / kBlocksPerChunk), when, ull(value), ull(one.flushed_upto));
   fail(text + allowed);
 }
 

@@ -10,9 +10,10 @@
 
 namespace holdfast::test::crash {
 
-World::World(uint64_t seed_, bool verbose_)
+World::World(uint64_t seed_, bool verbose_, const CrashAim& aim_)
     : seed(seed_),
       verbose(verbose_),
+      aimed(aim_),
       random(seed_),
       superblock(small_superblock(64)),
       disk(superblock.device_bytes, seed_ * 31 + 7, [this](uint64_t block) { return is_page(block * kBlock); }) {
@@ -267,6 +268,14 @@ void World::draw() {
   again_chance = random.chance(300) ? 0 : static_cast<uint32_t>(random.below(800));
   error_chance = random.chance(300) ? 5 + random.below(random.chance(300) ? 250 : 60) : 0;
   page_error_chance = random.chance(500) ? error_chance : 100 + random.below(600);
+  if (aimed.at != CrashAim::At::kNowhere) {
+    aim_chance = 0;
+    crash_chance = 0;
+    error_chance = page_error_chance = 0;
+    max_layers = std::max<size_t>(max_layers, 4);
+    max_chunks = 16;
+    job_chance = std::max<uint32_t>(job_chance, 80);
+  }
   for (uint64_t s = 0; s < slab_total; s++) slabs[s] = {};
   const uint64_t count = 1 + random.below(3);
   for (uint64_t v = 0; v < count; v++) make_volume();
@@ -279,15 +288,23 @@ void World::run() {
   for (auto& one : volumes) open_volume(*one);
   settle();
 
-  const uint64_t length = 60 + random.below(max_layers > 1 ? 600 : 240);
+  uint64_t length = 60 + random.below(max_layers > 1 ? 600 : 240);
   for (uint64_t i = 0; i < length; i++) {
     // Let the engine and the disk get on, a little or a lot.
     while (!crash_due() && !random.chance(static_cast<uint32_t>(lazy)) && step()) {
+    }
+    if (crash_due() && armed) {
+      armed = false;
+      result.aimed = CrashResult::Aimed::kCrashed;
+      crash(aimed.power);
+      length = std::min(length, i + 40);
+      continue;
     }
     if (crash_due()) {
       crash(random.below(1000) >= kill_share);
       continue;
     }
+    if (result.aimed == CrashResult::Aimed::kOver) break;
     if (random.chance(aim_chance)) {
       disk.set_fuse(1 + static_cast<uint32_t>(random.below(random.chance(500) ? 6 : 60)));
     }
@@ -341,7 +358,7 @@ bool World::change_layers() {
     return true;
   }
   if (random.chance(job_chance)) {
-    if (random.chance(60)) strip_in_a_storm();
+    if (aimed.at == CrashAim::At::kNowhere && random.chance(150)) strip_in_a_storm();
     else reclaim();
     return true;
   }
@@ -434,8 +451,8 @@ std::string CrashResult::counts() const {
   return text;
 }
 
-CrashResult run_crash_seed(uint64_t seed, bool verbose) {
-  auto world = std::make_unique<crash::World>(seed, verbose);
+CrashResult run_crash_seed(uint64_t seed, bool verbose, const CrashAim& aim) {
+  auto world = std::make_unique<crash::World>(seed, verbose, aim);
   try {
     world->run();
   } catch (const crash::Failure& failure) {

@@ -162,7 +162,7 @@ class AgentDevice final : public SyncDevice {
 };
 
 struct World final : VolumeObserver {
-  World(uint64_t seed_, bool verbose_);
+  World(uint64_t seed_, bool verbose_, const CrashAim& aim_);
   void run();
 
   [[noreturn]] void fail(const std::string& what) const { throw Failure{what}; }
@@ -184,6 +184,7 @@ struct World final : VolumeObserver {
   void opened(SimVolume& one, bool taking_over, Result<std::unique_ptr<Volume>> result);
   void close_volume(SimVolume& one);
   void stop_volume(SimVolume& one);
+  void stop_volume(SimVolume& one, bool closed);
   void grow_volume(SimVolume& one);
   void wait_for(SimVolume& one);
   VolumeEnvironment environment(PageArena* arena);
@@ -267,7 +268,8 @@ struct World final : VolumeObserver {
   void remove_from_chain(uint64_t id);
   bool job_done(const char* what, const Status& status);
   void bystander();
-  void aim();
+  void aim(CrashAim::At what);
+  void aim_over(CrashAim::At what);
 
   // ---- checks.cc
   void submitted(const IoRequest& request);
@@ -306,6 +308,9 @@ struct World final : VolumeObserver {
 
   uint64_t seed;
   bool verbose;
+  CrashAim aimed;
+  uint32_t aimed_seen = 0;
+  bool armed = false;  // the aimed crash is due in what goes on now
   SimRandom random;
   format::Superblock superblock;
   SimExecutor executor;
