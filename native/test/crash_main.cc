@@ -36,12 +36,7 @@ int main(int argc, char** argv) {
   unsigned long long failed = 0;
   for (unsigned long long seed = first; seed <= last; seed++) {
     const auto result = holdfast::test::run_crash_seed(seed, verbose);
-    total.operations += result.operations;
-    total.cuts += result.cuts;
-    total.kills += result.kills;
-    total.snapshots += result.snapshots;
-    total.checks += result.checks;
-    total.emptied += result.emptied;
+    total.add(result);
     if (result.ok) continue;
     failed++;
     std::printf("FAILED %s\n", result.failure.c_str());
@@ -49,12 +44,6 @@ int main(int argc, char** argv) {
     if (!keep_going) break;
   }
   const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begun).count();
-  std::printf(
-      "seeds %llu..%llu: %llu failed, %llu operations, %llu power cuts, %llu kills, %llu snapshots of open volumes, "
-      "%llu slabs given back, %llu blocks checked, %.1f s\n",
-      first, last, failed, static_cast<unsigned long long>(total.operations),
-      static_cast<unsigned long long>(total.cuts), static_cast<unsigned long long>(total.kills),
-      static_cast<unsigned long long>(total.snapshots),
-      static_cast<unsigned long long>(total.emptied), static_cast<unsigned long long>(total.checks), seconds);
+  std::printf("seeds %llu..%llu: %llu failed, %s, %.1f s\n", first, last, failed, total.counts().c_str(), seconds);
   return failed > 0 ? 1 : 0;
 }

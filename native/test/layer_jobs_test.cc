@@ -325,6 +325,36 @@ TEST_F(LayerJobs, AWipeCutOffBetweenTheCopiesIsFinished) {
   EXPECT_EQ(copy_of(1, 1).layer_id, 0u);
 }
 
+// The power goes in the middle of a write, and every page that it covers is torn.
+TEST_F(LayerJobs, AWipeTornAnywhereLeavesOneCopyOfEachPageAndCanBeRepeated) {
+  for (int layer_or_volume = 0; layer_or_volume < 2; layer_or_volume++) {
+    const auto wipe = [&]() -> Status {
+      if (layer_or_volume == 0) return wipe_layers(device, s, {{41, 2, {{1, 2, kGeneration}}}}, false);
+      return wipe_volume(device, s, {40, 4, 7, {{43, 4, {{4, 1, kGeneration}}}}});
+    };
+    for (int tear_at = 0;; tear_at++) {
+      SetUp();
+      int writes = 0;
+      device.set_faults([&](MemoryDisk::Op op, uint64_t offset, uint64_t length) {
+        if (op == MemoryDisk::Op::kRead || writes > tear_at) return MemoryDisk::Fault::kNone;
+        if (op != MemoryDisk::Op::kWrite || writes++ < tear_at) return MemoryDisk::Fault::kNone;
+        for (uint64_t at = offset; at < offset + length; at += format::kPageSize) damage(at);
+        return MemoryDisk::Fault::kError;
+      });
+      const bool torn = !wipe().ok();
+      device.set_faults(nullptr);
+      EXPECT_EQ(findings(false).find("slab-page-both-bad"), std::string::npos) << "torn at write " << tear_at;
+      ASSERT_OK(wipe()) << "torn at write " << tear_at;
+      for (const uint64_t slab : layer_or_volume == 0 ? std::vector<uint64_t>{1, 2} : std::vector<uint64_t>{4}) {
+        EXPECT_EQ(newest(slab).layer_id, 0u);
+        EXPECT_EQ(newest(slab).generation, kGeneration);
+      }
+      if (!torn) break;
+      ASSERT_LT(tear_at, 40);
+    }
+  }
+}
+
 TEST_F(LayerJobs, ADamagedPairIsLeftAndNamedAndTheRestIsWiped) {
   damage(slab_page_offset(s, 1));
   damage(slab_page_offset(s, 1) + format::kPageSize);

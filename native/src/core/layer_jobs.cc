@@ -315,7 +315,6 @@ Status wipe_layers(SyncDevice& device, const Superblock& s, const std::vector<Wi
   }
   std::string damaged;
   PageBuffer buffer(kPairsPerRead * format::kSlabPairSize);
-  PageBuffer out(kPairsPerRead * format::kSlabPairSize);
   for (const WipeLayer& layer : layers) {
     if (tombstone) {
       Result<std::optional<format::LayerRecord>> found = load_layer_record(device, s, layer.slot);
@@ -334,7 +333,7 @@ Status wipe_layers(SyncDevice& device, const Superblock& s, const std::vector<Wi
         uint64_t count;
       };
       std::vector<Stretch> stretches;
-      uint64_t used = 0;
+      std::vector<Freeing> pages;
       const auto ours = [&](const SlabPage& page, PageState state) {
         return state == PageState::kOk && page.layer_id == layer.layer_id && page.generation == run.generation;
       };
@@ -345,37 +344,21 @@ Status wipe_layers(SyncDevice& device, const Superblock& s, const std::vector<Wi
         // The newest copy may say "free" already: then freeing was cut off between the two.
         if (newest.generation != run.generation || (newest.layer_id != layer.layer_id && newest.layer_id != 0)) return;
         if (!ours(a, copies.state[0]) && !ours(b, copies.state[1])) return;
-        for (uint64_t copy = 0; copy < 2; copy++) {
-          auto& page = out.at<SlabPage>(used * format::kSlabPairSize + copy * kPageSize);
-          make_free_slab_page(&page, run.generation);
-          seal(page, s.header.pool, slab_page_offset(s, slab) + copy * kPageSize, newest.header.sequence + 1);
-        }
-        used++;
+        pages.push_back(freeing(slab, run.generation, a, b, copies));
         if (!stretches.empty() && stretches.back().first + stretches.back().count == slab) stretches.back().count++;
         else stretches.push_back({slab, 1});
       };
       // Both copies say "free", durably, before any data goes; and the data is gone before the caller hears of it.
       const auto batch = [&]() -> Status {
-        uint64_t at = 0;
-        for (const Stretch& stretch : stretches) {
-          if (Status status = device.write(slab_page_offset(s, stretch.first), out.data() + at * format::kSlabPairSize,
-                                           stretch.count * format::kSlabPairSize);
-              !status.ok()) {
-            return status;
-          }
-          at += stretch.count;
-        }
-        if (!stretches.empty()) {
-          if (Status status = device.flush(); !status.ok()) return status;
-        }
+        if (Status status = free_pages(device, s, pages); !status.ok()) return status;
         for (const Stretch& stretch : stretches) {
           if (Status status = device.discard(slab_data_offset(s, stretch.first), stretch.count * format::kSlabSize);
               !status.ok()) {
             return status;
           }
         }
+        pages.clear();
         stretches.clear();
-        used = 0;
         if (pause) pause();
         return {};
       };

@@ -13,7 +13,6 @@ namespace holdfast {
 using format::kBlockSize;
 
 namespace {
-constexpr uint32_t kSector = 512;
 constexpr uint64_t kGarbage = 0xbadbadbadu;
 }  // namespace
 
@@ -62,7 +61,13 @@ void SimDisk::apply(uint64_t number, Content content, bool durable) {
 void SimDisk::submit(IoRequest* request) {
   HF_ASSERT(request->op == IoOp::kFlush || request->offset + request->length <= size_bytes_);
   HF_ASSERT(request->offset % kBlockSize == 0 && request->length % kBlockSize == 0);
+  if (watcher_) watcher_(*request);
   flights_.push_back({request, sequence_});
+  if (is_boundary(*request)) boundary();
+}
+
+void SimDisk::boundary() {
+  if (fuse_ > 0 && --fuse_ == 0) blown_ = true;
 }
 
 // `partly`: per mille of the blocks that are left out.
@@ -84,12 +89,15 @@ void SimDisk::carry_out(const IoRequest& request, uint64_t submitted, uint32_t p
       for (int i = 0; i < request.iov_count; i++) {
         const auto* from = static_cast<const std::byte*>(request.iov[i].iov_base);
         for (size_t at = 0; at < request.iov[i].iov_len; at += kBlockSize, block++) {
-          if (partly > 0 && random_.chance(partly)) continue;
-          if (partly > 0 && is_page_(block) && random_.chance(partly)) {
+          // A page: whole, torn or not at all. Data: whole or not at all.
+          const bool page = is_page_(block);
+          if (partly > 0 && random_.chance(page ? partly / 2 : partly)) continue;
+          if (partly > 0 && page && random_.chance(700)) {
             std::byte torn[kBlockSize];
             peek(block * kBlockSize, torn, kBlockSize);
-            for (uint32_t sector = 0; sector < kBlockSize; sector += kSector) {
-              if (random_.chance(500)) std::memcpy(torn + sector, from + at + sector, kSector);
+            const uint32_t unit = tear_unit();
+            for (uint32_t part = 0; part < kBlockSize; part += unit) {
+              if (random_.chance(500)) std::memcpy(torn + part, from + at + part, unit);
             }
             apply(block, content_of(torn), false);
             continue;
@@ -135,10 +143,13 @@ void SimDisk::complete_one() {
   const Flight flight = flights_[at];
   flights_[at] = flights_.back();
   flights_.pop_back();
+  const bool page_write = is_page_write(*flight.request);
+  const uint32_t errors = page_write ? page_errors_ : errors_;
+  if (is_boundary(*flight.request)) boundary();
   int error = 0;
   if (dead_) {
     error = EIO;
-  } else if (errors_ > 0 && random_.chance(errors_)) {
+  } else if (errors > 0 && random_.chance(errors)) {
     error = EIO;
     if (flight.request->op != IoOp::kRead && random_.chance(700)) {
       carry_out(*flight.request, flight.sequence, flight.request->op == IoOp::kWrite ? 500 : 0);
@@ -152,7 +163,7 @@ void SimDisk::complete_one() {
 void SimDisk::kill() {
   for (const Flight& flight : flights_) {
     if (flight.request->op == IoOp::kRead || flight.request->op == IoOp::kFlush) continue;
-    switch (random_.below(3)) {
+    switch (random_.below(4)) {
       case 0: break;
       case 1: carry_out(*flight.request, flight.sequence, 0); break;
       default: carry_out(*flight.request, flight.sequence, 500); break;
@@ -164,6 +175,7 @@ void SimDisk::kill() {
 void SimDisk::cut_power() {
   HF_ASSERT(flights_.empty());
   const uint32_t mood = static_cast<uint32_t>(random_.below(4));  // 0: nothing survives, 1: all does, else: any
+  const uint32_t tears = random_.chance(500) ? 900 : 300;
   for (uint64_t number : unsettled_) {
     Block& block = blocks_.at(number);
     if (block.versions.empty()) continue;
@@ -172,12 +184,13 @@ void SimDisk::cut_power() {
       const uint64_t choice = mood == 0 ? 0 : mood == 1 ? choices - 1 : random_.below(choices);
       return choice == 0 ? block.durable : block.versions[choice - 1].content;
     };
-    if (is_page_(number) && random_.chance(300)) {
+    if (is_page_(number) && random_.chance(tears)) {
       std::byte torn[kBlockSize];
       std::byte from[kBlockSize];
-      for (uint32_t at = 0; at < kBlockSize; at += kSector) {
+      const uint32_t unit = tear_unit();
+      for (uint32_t at = 0; at < kBlockSize; at += unit) {
         render(pick(), from);
-        std::memcpy(torn + at, from + at, kSector);
+        std::memcpy(torn + at, from + at, unit);
       }
       block.durable = content_of(torn);
     } else {
@@ -197,6 +210,14 @@ void SimDisk::peek(uint64_t offset, void* to, size_t length) const {
     if (found == blocks_.end()) render(untouched(number), target);
     else if (found->second.versions.empty()) render(found->second.durable, target);
     else render(found->second.versions.back().content, target);
+  }
+}
+
+void SimDisk::peek_durable(uint64_t offset, void* to, size_t length) const {
+  for (size_t at = 0; at < length; at += kBlockSize) {
+    const uint64_t number = (offset + at) / kBlockSize;
+    const auto found = blocks_.find(number);
+    render(found == blocks_.end() ? untouched(number) : found->second.durable, static_cast<std::byte*>(to) + at);
   }
 }
 

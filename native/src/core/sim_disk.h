@@ -5,11 +5,17 @@
 //     completion. A flush promises nothing about writes that were still in flight when it was submitted.
 //   - A power cut decides for each 4 KiB block on its own which of its versions since the last durable one survives,
 //     the durable one included, those of writes in flight included. In pages (the metadata areas) each 512-byte sector
-//     decides for itself, so they tear; data blocks do not (data has no checksum, and devices write 4 KiB whole).
+//     decides for itself, so they tear, and at times each 64 bytes do: most of what changes in a page lies in its first
+//     sector, and the format promises to notice any tear. Data blocks do not tear (data has no checksum, and devices
+//     write 4 KiB whole).
 //   - The cache may have written back anything before: a version that survives needs no flush.
 //   - A discarded block reads as what it was, as zeros or as garbage, until it is written.
+//   - How likely a page is to tear, and whether everything, nothing or anything survives, is drawn for each cut.
 //   - A failed write, or one whose process was killed, may have been carried out in part, or whole; a page may be torn
-//     by it, too. A failed flush may have flushed.
+//     by it, too. A failed flush may have flushed. Writes to pages may fail more often than the rest, so that a flush
+//     gets past its data and fails at its pages.
+//   - A crash can be aimed: the fuse blows after so many page writes, flushes and discards, between the submission of one
+//     and its completion or right after that, and the simulation crashes there.
 //   - Data blocks that were never written read as garbage that names them, never as zeros.
 //
 // Not thread-safe. Contents are kept small: a block that repeats one 8-byte word costs that word.
@@ -23,6 +29,7 @@
 #include <vector>
 
 #include "block_device.h"
+#include "format.h"
 
 namespace holdfast {
 
@@ -53,8 +60,20 @@ class SimDisk final : public BlockDevice {
   size_t in_flight() const { return flights_.size(); }
   // Completes one request, chosen at random; done() runs inside.
   void complete_one();
-  // Per mille of requests that fail from now on.
-  void set_errors(uint32_t per_mille) { errors_ = per_mille; }
+  // Per mille of requests that fail from now on, and of writes to pages.
+  void set_errors(uint32_t per_mille, uint32_t page_writes) {
+    errors_ = per_mille;
+    page_errors_ = page_writes;
+  }
+  void set_errors(uint32_t per_mille) { set_errors(per_mille, per_mille); }
+  // The fuse: blown after `events` submissions and completions of page writes, flushes and discards; 0 takes it out.
+  void set_fuse(uint32_t events) {
+    fuse_ = events;
+    blown_ = false;
+  }
+  bool fuse_blown() const { return blown_; }
+  // Called with each request as it is submitted.
+  void set_watcher(std::function<void(const IoRequest&)> watcher) { watcher_ = std::move(watcher); }
   // The process that submitted is dead: each write in flight lands or does not, and from now on every request fails
   // without effect, until revive().
   void kill();
@@ -64,9 +83,10 @@ class SimDisk final : public BlockDevice {
 
   // What a read would see now. For checks from outside.
   void peek(uint64_t offset, void* to, size_t length) const;
+  // What is certain to be there after a power cut, unless something newer is.
+  void peek_durable(uint64_t offset, void* to, size_t length) const;
   // Durably, at once. For setting things up from outside.
   void poke(uint64_t offset, const void* from, size_t length);
-
 
  private:
   struct Content {
@@ -91,6 +111,15 @@ class SimDisk final : public BlockDevice {
   Block& block_at(uint64_t block);
   void apply(uint64_t block, Content content, bool durable);
   void carry_out(const IoRequest& request, uint64_t submitted, uint32_t partly);
+  bool is_page_write(const IoRequest& request) const {
+    return request.op == IoOp::kWrite && is_page_(request.offset / format::kBlockSize);
+  }
+  // Where what is durable, or what the map says, may change.
+  bool is_boundary(const IoRequest& request) const {
+    return is_page_write(request) || request.op == IoOp::kFlush || request.op == IoOp::kDiscard;
+  }
+  void boundary();
+  uint32_t tear_unit() { return random_.chance(500) ? 512 : 64; }
 
   uint64_t size_bytes_;
   SimRandom random_;
@@ -100,6 +129,10 @@ class SimDisk final : public BlockDevice {
   std::vector<Flight> flights_;
   uint64_t sequence_ = 1;
   uint32_t errors_ = 0;
+  uint32_t page_errors_ = 0;
+  uint32_t fuse_ = 0;
+  bool blown_ = false;
+  std::function<void(const IoRequest&)> watcher_;
   bool dead_ = false;
 };
 

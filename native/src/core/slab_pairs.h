@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <string>
+#include <vector>
 
 #include "format.h"
 #include "pages.h"
@@ -50,5 +51,21 @@ Status for_each_pair(SyncDevice& device, const format::Superblock& s, const Slab
                      Visit visit) {
   return for_each_pair(device, s, run, buffer, visit, [] { return Status{}; });
 }
+
+// A slab whose page is to say "free", under the generation that it has.
+struct Freeing {
+  uint64_t slab = 0;
+  uint64_t generation = 0;
+  uint32_t first = 0;     // the copy that does not serve
+  uint64_t sequence = 0;  // larger than that of either copy
+};
+inline Freeing freeing(uint64_t slab, uint64_t generation, const format::SlabPage& a, const format::SlabPage& b,
+                       const Copies& copies) {
+  const uint64_t sequence = !copies.valid() ? 0 : (copies.newest == 0 ? a : b).header.sequence;
+  return {slab, generation, static_cast<uint32_t>(copies.next()), sequence + 1};
+}
+// Writes both copies of each page, durably. One copy serves all the time: torn both by a power cut, they would be damage
+// that nobody may write over.
+Status free_pages(SyncDevice& device, const format::Superblock& s, const std::vector<Freeing>& pages);
 
 }  // namespace holdfast

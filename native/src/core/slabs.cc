@@ -27,7 +27,7 @@ SlabOwner owner_of(uint64_t slab, const SlabPage& a, const SlabPage& b, const Co
   return owner;
 }
 
-// Contiguous slabs [first, first + count) of one region: pages freed in one write.
+// Contiguous slabs [first, first + count) of one region: discarded in one go.
 struct Stretch {
   uint64_t first;
   uint32_t count;
@@ -40,13 +40,14 @@ class Wiper {
   // Both copies say "free" before any data goes, and the data is gone before the caller hears of it.
   Status wipe(const WipeLayer& layer) {
     for (const SlabRun& run : layer.slabs) {
-      if (Status status = free_pages(layer.layer_id, run); !status.ok()) return status;
+      if (Status status = judge(layer.layer_id, run); !status.ok()) return status;
     }
-    if (Status status = device_.flush(); !status.ok()) return status;
+    if (Status status = free_pages(device_, s_, pages_); !status.ok()) return status;
     for (const Stretch& stretch : stretches_) {
       const uint64_t length = uint64_t{stretch.count} * format::kSlabSize;
       if (Status status = device_.discard(slab_data_offset(s_, stretch.first), length); !status.ok()) return status;
     }
+    pages_.clear();
     stretches_.clear();
     return {};
   }
@@ -54,39 +55,19 @@ class Wiper {
   const std::string& left_alone() const { return left_alone_; }
 
  private:
-  Status free_pages(uint64_t layer_id, const SlabRun& run) {
-    PageBuffer out(2 * kPageSize);
-    Status written;
-    Status read =
-        for_each_pair(device_, s_, run, &buffer_, [&](uint64_t slab, SlabPage& a, SlabPage& b, Copies copies) {
-          if (!written.ok()) return;
-          const SlabOwner owner = owner_of(slab, a, b, copies);
-          const bool later = owner.generation > run.generation;
-          if (later || (owner.state == SlabOwner::State::kClaimed && owner.layer_id != layer_id)) {
-            left_alone_ += (left_alone_.empty() ? "" : "; ") + std::string("slab ") + std::to_string(slab) +
-                           " says layer " + std::to_string(owner.layer_id) + ", generation " +
-                           std::to_string(owner.generation);
-            return;
-          }
-          if (!copies.blank())
-            written = free_page(slab, run.generation, copies.valid() ? newest(a, b, copies) : 0, &out);
-          remember(slab);
-        });
-    return read.ok() ? written : read;
-  }
-
-  static uint64_t newest(const SlabPage& a, const SlabPage& b, const Copies& copies) {
-    return (copies.newest == 0 ? a : b).header.sequence;
-  }
-
-  Status free_page(uint64_t slab, uint64_t generation, uint64_t sequence, PageBuffer* out) {
-    const uint64_t offset = slab_page_offset(s_, slab);
-    for (uint64_t copy = 0; copy < 2; copy++) {
-      auto& page = out->at<SlabPage>(copy * kPageSize);
-      make_free_slab_page(&page, generation);
-      seal(page, s_.header.pool, offset + copy * kPageSize, sequence + 1);
-    }
-    return device_.write(offset, out->data(), out->size());
+  Status judge(uint64_t layer_id, const SlabRun& run) {
+    return for_each_pair(device_, s_, run, &buffer_, [&](uint64_t slab, SlabPage& a, SlabPage& b, Copies copies) {
+      const SlabOwner owner = owner_of(slab, a, b, copies);
+      const bool later = owner.generation > run.generation;
+      if (later || (owner.state == SlabOwner::State::kClaimed && owner.layer_id != layer_id)) {
+        left_alone_ += (left_alone_.empty() ? "" : "; ") + std::string("slab ") + std::to_string(slab) +
+                       " says layer " + std::to_string(owner.layer_id) + ", generation " +
+                       std::to_string(owner.generation);
+        return;
+      }
+      if (!copies.blank()) pages_.push_back(freeing(slab, run.generation, a, b, copies));
+      remember(slab);
+    });
   }
 
   void remember(uint64_t slab) {
@@ -101,6 +82,7 @@ class Wiper {
   SyncDevice& device_;
   const Superblock& s_;
   PageBuffer buffer_;
+  std::vector<Freeing> pages_;
   std::vector<Stretch> stretches_;
   std::string left_alone_;
 };
@@ -118,6 +100,20 @@ Result<std::vector<SlabOwner>> scan_slabs(SyncDevice& device, const Superblock& 
     if (!status.ok()) return status;
   }
   return owners;
+}
+
+Status free_pages(SyncDevice& device, const Superblock& s, const std::vector<Freeing>& pages) {
+  PageBuffer out(kPageSize);
+  for (uint32_t turn = 0; turn < 2 && !pages.empty(); turn++) {
+    for (const Freeing& one : pages) {
+      const uint64_t address = slab_page_offset(s, one.slab) + uint64_t{turn == 0 ? one.first : 1 - one.first} * kPageSize;
+      make_free_slab_page(&out.at<SlabPage>(), one.generation);
+      seal(out.at<SlabPage>(), s.header.pool, address, one.sequence);
+      if (Status status = device.write(address, out.data(), kPageSize); !status.ok()) return status;
+    }
+    if (Status status = device.flush(); !status.ok()) return status;
+  }
+  return {};
 }
 
 void make_free_slab_page(SlabPage* page, uint64_t generation) {

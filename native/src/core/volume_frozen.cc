@@ -299,22 +299,35 @@ void VolumeImpl::forget_slabs(const std::vector<SlabRun>& slabs, Done done) {
   }
   std::vector<SlabRun> wanted = slabs;
   std::sort(wanted.begin(), wanted.end(), [](const SlabRun& a, const SlabRun& b) { return a.first < b.first; });
+  const auto is_wanted = [&](uint64_t number, uint64_t generation) {
+    auto run = std::upper_bound(wanted.begin(), wanted.end(), number,
+                                [](uint64_t one, const SlabRun& other) { return one < other.first; });
+    if (run == wanted.begin()) return false;
+    --run;
+    return number < run->first + run->count && generation == run->generation;
+  };
   std::vector<uint32_t> found;
   for (uint32_t i = 0; refusal.ok() && i < slabs_.size(); i++) {
     const Slab& slab = slabs_[i];
-    if (slab.state != SlabState::kLive) continue;
-    auto run = std::upper_bound(wanted.begin(), wanted.end(), slab.number,
-                                [](uint64_t number, const SlabRun& one) { return number < one.first; });
-    if (run == wanted.begin()) continue;
-    --run;
-    if (slab.number >= run->first + run->count || slab.generation != run->generation) continue;
+    if (slab.state != SlabState::kLive || !is_wanted(slab.number, slab.generation)) continue;
     if (!read_only_ && in_top(slab)) {
       refusal = {Code::kInvalidArgument, name + " can't forget slab " + std::to_string(slab.number) +
                                              ": it belongs to the layer that is written"};
     }
     found.push_back(i);
   }
+  // Also those that an engine before this one had claimed, and that were found to hold nothing.
+  const auto drop_claims = [&] {
+    for (uint32_t i = 0; arena_ != nullptr && i < arena_->claim_count(); i++) {
+      const PageArena::Claim claim = arena_->claim(i);
+      if (claim.state == PageArena::ClaimState::kFree || claim.layer_id == top().id) continue;
+      if (!is_wanted(claim.slab, claim.generation)) continue;
+      arena_->set_claim_state(i, PageArena::ClaimState::kFree);
+      std::erase_if(unclaimed_, [&](const Unclaimed& one) { return one.directory == i; });
+    }
+  };
   if (!refusal.ok() || found.empty()) {
+    if (refusal.ok()) drop_claims();
     post_done(home, std::move(done), std::move(refusal));
     return unlock(lock);
   }
@@ -323,6 +336,7 @@ void VolumeImpl::forget_slabs(const std::vector<SlabRun>& slabs, Done done) {
     if (slabs_[index].holes) holes[slabs_[index].layer] = true;
     forget(index);
   }
+  drop_claims();
   for (size_t i = 0; i < layers_.size(); i++) {
     if (!holes[i]) continue;
     layers_[i].holes = HoleSet();

@@ -1,0 +1,341 @@
+// What the disk must hold at certain moments, whoever writes it; and at the end, what `pool check` makes of it.
+#include <algorithm>
+#include <cstring>
+
+#include "core/checker.h"
+#include "core/pages.h"
+#include "world.h"
+
+namespace holdfast::test::crash {
+
+using format::LayerRecord;
+using format::SlabEntry;
+using format::SlabPage;
+using format::VolumeRecord;
+
+Copies World::newest_page(uint64_t slab, SlabPage* page) const {
+  SlabPage pair[2];
+  disk.peek(page_address(slab), pair, sizeof pair);
+  const Copies copies = choose_slab(pair[0], pair[1], kPoolUuid, page_address(slab));
+  if (copies.valid()) *page = pair[copies.newest];
+  return copies;
+}
+
+// ---- every write and discard
+
+void World::submitted(const IoRequest& request) {
+  if (ignoring || request.op == IoOp::kRead || request.op == IoOp::kFlush) return;
+  if (request.op == IoOp::kWrite && is_page(request.offset)) {
+    for (uint64_t at = 0; at < request.length; at += kBlock) check_overwrite(request.offset + at);
+    return;
+  }
+  const uint64_t data = format::slab_data_offset(superblock.first_region_offset, 0);
+  const uint64_t slab = (request.offset - data) / format::kSlabSize;
+  if (request.op == IoOp::kDiscard) {
+    for (uint64_t at = 0; at < request.length; at += format::kSlabSize) check_discard(slab + at / format::kSlabSize);
+    return;
+  }
+  const SlabInfo& info = slabs[slab];
+  if (info.where != SlabInfo::Where::kStock && info.where != SlabInfo::Where::kLayer) {
+    fail("data goes into slab " + std::to_string(slab) + ", which is nobody's");
+  }
+  uint64_t owner = info.layer;
+  if (info.where == SlabInfo::Where::kStock) {  // taken, and not yet heard of
+    SlabPage page;
+    disk.peek(page_address(slab), &page, sizeof page);
+    owner = page.layer_id;
+  } else if (const auto known = layers.find(owner); known != layers.end() && known->second.settled) {
+    fail("data goes into slab " + std::to_string(slab) + " of a layer that is frozen");
+  }
+  check_claimed(slab, owner);
+}
+// A slab is discarded while it is still its old owner's, and when no copy of its page says so any more: late, it would
+// meet the next owner's data; early, a crash would leave a map to nothing.
+void World::check_discard(uint64_t slab) {
+  const SlabInfo& info = slabs[slab];
+  if (info.where != SlabInfo::Where::kLayer && info.where != SlabInfo::Where::kLeaving) {
+    fail("slab " + std::to_string(slab) + " is discarded when it may be somebody else's");
+  }
+  SlabPage pair[2];
+  disk.peek_durable(page_address(slab), pair, sizeof pair);
+  for (uint32_t copy = 0; copy < 2; copy++) {
+    const PageState state = verify(pair[copy], kPoolUuid, page_address(slab) + copy * kBlock);
+    if (state == PageState::kOk && pair[copy].layer_id != 0 && pair[copy].generation == info.generation) {
+      fail("slab " + std::to_string(slab) + " is discarded while copy " + "AB"[copy] + " of its page names its layer");
+    }
+  }
+}
+
+// Of two copies the one that is certain to serve is never written over: torn, it would leave the older one. (Where
+// writes fail their outcome is unknown, and "the same copy again" may be that one.)
+void World::check_overwrite(uint64_t address) {
+  if (error_chance > 0) return;
+  const uint64_t pair_address = address / (2 * kBlock) * (2 * kBlock);
+  PageBuffer pair(2 * kBlock);
+  disk.peek_durable(pair_address, pair.data(), pair.size());
+  const auto newer = [&]<typename Page>(const Page& a, const Page& b) {  // -1: as good as each other
+    const Copies copies = [&] {
+      if constexpr (std::is_same_v<Page, SlabPage>) return choose_slab(a, b, kPoolUuid, pair_address);
+      else return choose_record(a, b, kPoolUuid, pair_address);
+    }();
+    return copies.equal ? -1 : copies.newest;
+  };
+  int serves = -1;
+  if (address >= superblock.first_region_offset) serves = newer(pair.at<SlabPage>(0), pair.at<SlabPage>(kBlock));
+  else if (address >= superblock.layer_table_offset)
+    serves = newer(pair.at<LayerRecord>(0), pair.at<LayerRecord>(kBlock));
+  else serves = newer(pair.at<VolumeRecord>(0), pair.at<VolumeRecord>(kBlock));
+  if (serves >= 0 && pair_address + static_cast<uint64_t>(serves) * kBlock == address) {
+    fail("the copy that serves is written over, at byte " + std::to_string(address));
+  }
+}
+
+// A claimed slab has neither copy left as an earlier owner's or a blank one: they say whose it is, or were torn later.
+// Durably, unless failed writes may have left one in the cache only.
+void World::check_claimed(uint64_t slab, uint64_t owner) {
+  SlabPage pair[2];
+  if (error_chance > 0) disk.peek(page_address(slab), pair, sizeof pair);
+  else disk.peek_durable(page_address(slab), pair, sizeof pair);
+  for (uint32_t copy = 0; copy < 2; copy++) {
+    const PageState state = verify(pair[copy], kPoolUuid, page_address(slab) + copy * kBlock);
+    if (state == PageState::kBadCrc) continue;
+    if (state == PageState::kOk && pair[copy].generation == slabs[slab].generation && pair[copy].layer_id == owner)
+      continue;
+    fail("slab " + std::to_string(slab) + " is used, but copy " + "AB"[copy] + " of its page does not name its layer");
+  }
+}
+
+// A slab that was given back is free in both copies, whichever of them gets lost.
+void World::check_given_back(uint64_t slab, uint64_t generation) {
+  SlabPage pair[2];
+  disk.peek_durable(page_address(slab), pair, sizeof pair);
+  for (uint32_t copy = 0; copy < 2; copy++) {
+    const PageState state = verify(pair[copy], kPoolUuid, page_address(slab) + copy * kBlock);
+    if (state == PageState::kOk && pair[copy].layer_id == 0 && pair[copy].generation == generation) continue;
+    fail("slab " + std::to_string(slab) + " was given back, but copy " + "AB"[copy] + " of its page is not free");
+  }
+}
+
+// ---- records
+
+// Before a crash: the epochs that the records have reached for certain.
+void World::note_records() {
+  for (auto& one : volumes) {
+    VolumeRecord pair[2];
+    disk.peek_durable(record_address(*one), pair, sizeof pair);
+    const Copies copies = choose_record(pair[0], pair[1], kPoolUuid, record_address(*one));
+    if (!copies.valid() || pair[copies.newest].volume_id != one->id) continue;  // the slot may have been another's
+    one->recorded_epoch = std::max(one->recorded_epoch, pair[copies.newest].epoch);
+  }
+}
+
+// After it: epochs only grow, and what a record has said is not forgotten.
+void World::check_records() {
+  for (auto& one : volumes) {
+    VolumeRecord pair[2];
+    disk.peek(record_address(*one), pair, sizeof pair);
+    const Copies copies = choose_record(pair[0], pair[1], kPoolUuid, record_address(*one));
+    const std::string name = "the record of volume " + std::to_string(one->id);
+    if (copies.bad()) fail("both copies of " + name + " are damaged");
+    if (one->recorded_epoch == 0) continue;
+    if (!copies.valid() || pair[copies.newest].volume_id != one->id) fail(name + " is gone");
+    if (pair[copies.newest].epoch < one->recorded_epoch) fail(name + " has lost an epoch");
+    if (pair[copies.newest].size_bytes < one->recorded_blocks * kBlock) fail(name + " has lost a size");
+  }
+}
+
+// ---- pages at rest
+
+void World::check_pages() {
+  std::map<std::pair<uint64_t, uint32_t>, uint64_t> mapped;  // (layer, chunk) -> slab
+  for (const auto& [slab, info] : slabs) {
+    if (info.where != SlabInfo::Where::kLayer && info.where != SlabInfo::Where::kLeaving) continue;
+    SlabPage page;
+    const Copies copies = newest_page(slab, &page);
+    if (copies.bad()) fail("both copies of the page of slab " + std::to_string(slab) + " are damaged");
+    if (!copies.valid() || page.generation != info.generation || page.layer_id == 0) continue;
+    if (page.layer_id != info.layer) fail("slab " + std::to_string(slab) + " is in two layers");
+    for (const SlabEntry& entry : page.entries) {
+      if (entry.logical_chunk == format::kNoChunk) {
+        if ((entry.data | entry.zero) != 0) fail("a free chunk has blocks");
+        continue;
+      }
+      if ((entry.data | entry.zero) == 0) fail("a chunk is mapped without any block");
+      if ((entry.data & entry.zero) != 0) fail("a block is data and zeros at once");
+      if (!mapped.try_emplace({info.layer, entry.logical_chunk}, slab).second) {
+        fail("chunk " + std::to_string(entry.logical_chunk) + " of layer " + std::to_string(info.layer) +
+             " is mapped twice");
+      }
+    }
+  }
+}
+
+void World::check_equal_copies(const SimVolume& one) {
+  for (const SlabRun& run : slabs_of(one.top)) {
+    SlabPage page;
+    const Copies copies = newest_page(run.first, &page);
+    if (!copies.valid() || page.generation != run.generation || page.layer_id == 0) continue;
+    const bool any = std::any_of(std::begin(page.entries), std::end(page.entries),
+                                 [](const SlabEntry& entry) { return entry.logical_chunk != format::kNoChunk; });
+    if (any && !copies.equal)
+      fail("the copies of the page of slab " + std::to_string(run.first) + " differ after a clean close");
+  }
+}
+
+// ---- what strips may take, and must
+
+void World::add_coverage(const LayerSpec& of, Coverage* to) const {
+  for (const SlabRun& run : of.slabs) {
+    for (uint64_t slab = run.first; slab < run.first + run.count; slab++) {
+      SlabPage page;
+      if (!newest_page(slab, &page).valid() || page.layer_id != of.layer_id || page.generation != run.generation) {
+        continue;
+      }
+      for (const SlabEntry& entry : page.entries) {
+        if (entry.logical_chunk != format::kNoChunk) (*to)[entry.logical_chunk] |= uint16_t(entry.data | entry.zero);
+      }
+      for (uint32_t i = 0; i < page.hole_count; i++) {
+        for (uint32_t c = 0; c < page.holes[i].length; c++) (*to)[page.holes[i].start + c] = 0xffff;
+      }
+    }
+  }
+}
+// After a strip nothing is left in the layer's pages of what newer layers had covered before it began; only ranges of holes
+// keep whole chunks, and those that are covered only in their middle.
+void World::check_stripped(const LayerSpec& victim, const Coverage& covered) const {
+  const auto mask_of = [&](uint32_t chunk) {
+    const auto found = covered.find(chunk);
+    return found == covered.end() ? uint16_t{0} : found->second;
+  };
+  const auto wrong_chunk = [&](uint32_t chunk) {
+    fail("chunk " + std::to_string(chunk) + " of layer " + std::to_string(victim.layer_id) +
+         " still has blocks that were covered before it was stripped");
+  };
+  for (const SlabRun& run : victim.slabs) {
+    SlabPage page;
+    if (!newest_page(run.first, &page).valid() || page.layer_id != victim.layer_id ||
+        page.generation != run.generation) {
+      continue;
+    }
+    for (const SlabEntry& entry : page.entries) {
+      if (entry.logical_chunk == format::kNoChunk) continue;
+      if (((entry.data | entry.zero) & mask_of(entry.logical_chunk)) != 0) wrong_chunk(entry.logical_chunk);
+    }
+    for (uint32_t i = 0; i < page.hole_count; i++) {
+      for (const uint32_t end : {page.holes[i].start, page.holes[i].start + page.holes[i].length - 1}) {
+        if (mask_of(end) == 0xffff) wrong_chunk(end);
+      }
+    }
+  }
+}
+// A slab that a strip reports as empty is.
+void World::check_emptied(uint64_t slab, uint64_t generation, uint64_t owner) {
+  SlabPage page;
+  if (!newest_page(slab, &page).valid() || page.generation != generation || page.layer_id != owner) return;
+  const bool any = page.hole_count > 0 ||
+                   std::any_of(std::begin(page.entries), std::end(page.entries),
+                               [](const SlabEntry& entry) { return entry.logical_chunk != format::kNoChunk; });
+  if (any) fail("slab " + std::to_string(slab) + " is reported as emptied and is not");
+}
+
+// ---- the whole pool
+
+// The rest of a pool, of two hosts, so that `pool check` has one to judge.
+void World::format_pool() {
+  superblock.fencing = format::FencingClass::kLeaseOnly;
+  superblock.renew_interval_ms = 2'000;
+  superblock.lease_ms = 10'000;
+  superblock.host_slots = 2;
+  superblock.fence_generations = 1;
+  superblock.authority_offset = format::kAuthorityOffset;
+  superblock.heartbeat_offset = format::kHeartbeatOffset;
+  superblock.fence_offset = superblock.heartbeat_offset + superblock.host_slots * 2 * kBlock;
+  const auto put = [&]<typename Page>(Page page, uint64_t address, uint32_t copies) {
+    for (uint32_t copy = 0; copy < copies; copy++) {
+      seal(page, kPoolUuid, address + copy * kBlock, 1);
+      disk.poke(address + copy * kBlock, &page, kBlock);
+    }
+  };
+  put(superblock, format::kSuperblockAOffset, 1);
+  put(superblock, format::kSuperblockBOffset, 1);
+  put(format::AuthorityPage{}, superblock.authority_offset, 2);
+  for (uint32_t host = 0; host < superblock.host_slots; host++) {
+    format::HeartbeatPage heartbeat{};
+    heartbeat.host_id = host;
+    put(heartbeat, heartbeat_offset(superblock, host), 2);
+    format::FencePage fence{};
+    fence.host_id = host;
+    put(fence, fence_offset(superblock, host, 0), 1);
+  }
+}
+
+// Nothing that crashes and failing writes have left is worth a warning, save that a layer's record stays torn in one
+// copy until it is written again.
+void World::check_whole_pool(const char* when) {
+  Result<CheckReport> report = check_pool(agent, {});
+  if (!report.ok()) fail(std::string(when) + ", the pool is not one: " + report.status.message);
+  for (const CheckFinding& finding : report->findings) {
+    if (finding.severity == CheckFinding::Severity::kInfo || finding.kind == "layer-record-copy-bad") continue;
+    // A slab that nobody gets: a claim of it failed, and its volume is deleted since.
+    if (finding.slab.has_value() && slabs[*finding.slab].where == SlabInfo::Where::kQuarantine) continue;
+    // The new top of a cut that did not happen outlives its volume.
+    if (finding.kind == "layer-without-volume" && given_up.count(finding.layer_id.value_or(0)) > 0) continue;
+    fail(std::string(when) + ", the checker finds " + severity_name(finding.severity) + " " + finding.kind + ": " +
+         finding.message);
+  }
+}
+
+// One copy of some pages is damaged, the serving one as a rule. What was written last may be gone then, but no block
+// may show what was never written to it: the copy that is left must not map a place that others have been given.
+void World::damage_pages() {
+  end_engine();
+  disk.cut_power();
+  stock.clear();
+  sort_slabs_by_pages();
+  std::set<uint64_t> mapped;  // layers that some volume has
+  for (auto& one : volumes) {
+    if (one->state == SimVolume::State::kDeleting) continue;
+    one->readers.clear();
+    for (const LayerSpec& spec : chain_of(one->top)) mapped.insert(spec.layer_id);
+  }
+  for (const auto& [slab, info] : slabs) {
+    if (info.where != SlabInfo::Where::kLayer || mapped.count(info.layer) == 0 || random.chance(400)) continue;
+    SlabPage pair[2];
+    disk.peek(page_address(slab), pair, sizeof pair);
+    const Copies copies = choose_slab(pair[0], pair[1], kPoolUuid, page_address(slab));
+    if (!copies.valid() || copies.state[0] != copies.state[1]) continue;
+    const int victim = random.chance(800) ? copies.newest : 1 - copies.newest;
+    const auto maps = [](const SlabEntry& entry) { return entry.logical_chunk != format::kNoChunk; };
+    if (std::any_of(std::begin(pair[victim].entries), std::end(pair[victim].entries), maps) &&
+        pair[victim].generation == info.generation && pair[victim].layer_id == info.layer) {
+      unnamed.insert("of slab " + std::to_string(slab) + " ");
+    }
+    reinterpret_cast<uint8_t*>(&pair[victim])[1000] ^= 0x40;
+    disk.poke(page_address(slab) + static_cast<uint64_t>(victim) * kBlock, &pair[victim], kBlock);
+  }
+  damaged = true;
+  for (auto& one : volumes) {
+    if (one->state == SimVolume::State::kDeleting) continue;
+    one->must_take_over = false;
+    one->state = SimVolume::State::kClosed;
+    open_volume(*one);
+  }
+  settle();
+  if (!unnamed.empty()) fail("nobody was told of the damaged copy " + *unnamed.begin());
+  for (auto& one : volumes) {
+    if (one->state == SimVolume::State::kDeleting) continue;
+    if (one->state != SimVolume::State::kOpen) fail("one damaged copy kept a volume from opening");
+    PageBuffer buffer(one->size_blocks * kBlock);
+    read_now(*one->volume, 0, one->size_blocks, buffer.data());
+    for (uint64_t b = 0; b < one->size_blocks; b++) {
+      const uint64_t value = value_of(buffer.data() + b * kBlock, b);
+      result.checks++;
+      if (value != 0 && (one->lineage.count(value >> 56) == 0 || (value & 0xffffff) != b)) {
+        wrong(*one, b, value, "with a damaged page");
+      }
+    }
+  }
+  end_engine();
+}
+
+}  // namespace holdfast::test::crash
