@@ -42,6 +42,7 @@ int main(int argc, char** argv) {
     total.snapshots += result.snapshots;
     total.checks += result.checks;
     total.emptied += result.emptied;
+    total.compacted += result.compacted;
     if (result.ok) continue;
     failed++;
     std::printf("FAILED %s\n", result.failure.c_str());
@@ -51,10 +52,11 @@ int main(int argc, char** argv) {
   const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begun).count();
   std::printf(
       "seeds %llu..%llu: %llu failed, %llu operations, %llu power cuts, %llu kills, %llu snapshots of open volumes, "
-      "%llu slabs given back, %llu blocks checked, %.1f s\n",
+      "%llu slabs given back, %llu blocks compacted, %llu blocks checked, %.1f s\n",
       first, last, failed, static_cast<unsigned long long>(total.operations),
       static_cast<unsigned long long>(total.cuts), static_cast<unsigned long long>(total.kills),
       static_cast<unsigned long long>(total.snapshots),
-      static_cast<unsigned long long>(total.emptied), static_cast<unsigned long long>(total.checks), seconds);
+      static_cast<unsigned long long>(total.emptied), static_cast<unsigned long long>(total.compacted),
+      static_cast<unsigned long long>(total.checks), seconds);
   return failed > 0 ? 1 : 0;
 }

@@ -93,6 +93,7 @@ struct SimVolume {
   std::vector<FrozenView> frozen;
   std::unique_ptr<PendingCut> cut;
   bool cutting = false;       // the engine lives that was asked
+  bool compacting = false;    // likewise
   uint64_t next_layer = 1;
   uint64_t cursor = 0;        // of its sequential stream
 
@@ -851,6 +852,30 @@ struct World final : VolumeObserver {
       }
     });
   }
+  // Any of the frozen layers, named or not: what each of them shows, and the volume, must stay the same.
+  void compact_volume(SimVolume& one) {
+    if (one.compacting || one.spec.layers.size() < 2) return;
+    std::vector<LayerSlabs> sources;
+    for (size_t i = 1; i < one.spec.layers.size(); i++) {
+      if (random.chance(800)) sources.push_back({one.spec.layers[i].layer_id, slabs_of(one.spec.layers[i].layer_id)});
+    }
+    const uint32_t permille = random.chance(700) ? 1000 : static_cast<uint32_t>(random.below(1000));
+    log("compact volume %llu", (unsigned long long)one.id);
+    one.compacting = true;
+    SimVolume* target = &one;
+    one.volume->compact(sources, permille, random.chance(300) ? 1 + random.below(200) : 0,
+                        [this, target](Result<CompactReport> result) {
+      target->compacting = false;
+      if (ignoring) return;
+      log("compaction of volume %llu: %s", (unsigned long long)target->id, code_name(result.status.code));
+      if (result.ok()) {
+        compacted += result->moved_blocks;
+      } else if (result.status.code != Code::kBusy && result.status.code != Code::kUnavailable &&
+                 (result.status.code != Code::kIo || error_chance == 0)) {
+        fail("compact: " + result.status.message);
+      }
+    });
+  }
   void cut_happened(SimVolume& one) {
     for (VolumeSpec* spec : {&one.spec, &one.opened_spec}) {
       if (spec->layers.empty() || spec->layers[0].layer_id == one.cut->top.layer_id) continue;
@@ -991,6 +1016,8 @@ struct World final : VolumeObserver {
         grow_volume(one);
       } else if (rare < 46 && max_layers > 1) {
         cut_volume(one);
+      } else if (rare < 76 && max_layers > 1) {
+        compact_volume(one);
       } else if (one.outstanding < depth) {
         random_operation(one);
       } else {
@@ -1090,6 +1117,7 @@ struct World final : VolumeObserver {
   uint64_t cuts = 0;
   uint64_t kills = 0;
   uint64_t online_cuts = 0;
+  uint64_t compacted = 0;  // blocks
   uint64_t checks = 0;
   bool ignoring = false;
   bool errors_on = false;
@@ -1131,6 +1159,7 @@ CrashResult run_crash_seed(uint64_t seed, bool verbose) {
   result.snapshots = world->online_cuts;
   result.checks = world->checks;
   result.emptied = world->emptied;
+  result.compacted = world->compacted;
   if (!result.ok) (void)world.release();  // taken apart in mid-flight it could only hide the failure behind another
   return result;
 }

@@ -25,6 +25,7 @@ struct CrashResult {
   uint64_t kills = 0;
   uint64_t snapshots = 0;  // of open volumes, answered
   uint64_t emptied = 0;    // slabs given back
+  uint64_t compacted = 0;  // blocks copied up into tops
   uint64_t checks = 0;     // blocks compared
 };
 

@@ -35,7 +35,7 @@ constexpr uint32_t kPieceBeside = kChunkSize;
 constexpr uint32_t kPiece = 4 * kChunkSize;
 constexpr uint64_t kLongestRestNs = 250'000'000;
 constexpr uint64_t kLackRestNs = 20'000'000;
-constexpr uint64_t kPatienceNs = 10'000'000'000;  // for a slab, before it counts as not to be had
+constexpr uint64_t kPatienceNs = 10'000'000'000;  // before a slab counts as not to be had
 }  // namespace
 
 void VolumeImpl::compact(const std::vector<LayerSlabs>& sources, uint32_t skip_above_permille, uint64_t max_blocks,
@@ -450,11 +450,14 @@ void VolumeImpl::compact_lacks(Need need) {
   compact_unmark();
   const uint64_t now = job.home->now_ns();
   if (job.lacking_since_ns == 0) job.lacking_since_ns = now;
-  if (need == Need::kSlot) {
-    want_flush();
-  } else if (environment_.stock->known_full() || now - job.lacking_since_ns >= kPatienceNs) {
-    job.report.no_space = job.stop = true;
+  const bool slab = need == Need::kSlab;
+  if (now - job.lacking_since_ns >= kPatienceNs || (slab && environment_.stock->known_full())) {
+    if (slab) job.report.no_space = true;
+    job.stop = true;
     return compact_post(Compact::Stage::kLook);
+  }
+  if (!slab) {
+    want_flush();
   } else if (slab_waiters_ == nullptr) {
     settle_for_space();
     want_slab();

@@ -454,7 +454,7 @@ class VolumeImpl final : public Volume {
   void forget_check();           // locked
 
   // ---- volume_compact.cc
-  static constexpr uint32_t kCopyDepth = 16;
+  static constexpr uint32_t kCopyDepth = 8;
   static constexpr uint32_t kCopyChunks = 32;
   struct Compact {
     enum class Stage : uint8_t {
