@@ -498,8 +498,8 @@ describe('compaction', () => {
     const { export: device } = await r.open(engine, spec);
     const churn = new Churn(r, engine, spec);
     await fio(device.devicePath, ['--rw=write', '--bs=1m', '--size=128M', '--verify=crc32c']);
-    let over = false;
-    const load = fio(
+    const load = { over: false };
+    const running = fio(
       device.devicePath,
       [
         '--rw=randrw',
@@ -515,12 +515,12 @@ describe('compaction', () => {
       ],
       180_000,
     ).finally(() => {
-      over = true;
+      load.over = true;
     });
-    load.catch(() => {});
+    running.catch(() => {});
     let moved = 0n;
     let early = 0;
-    for (let round = 0; !over; round += 1) {
+    for (let round = 0; !load.over; round += 1) {
       await r.supply(engine);
       await churn.cut();
       const compaction = churn.compact();
@@ -536,10 +536,16 @@ describe('compaction', () => {
       await churn.strip();
       await sleep(250);
     }
-    await load;
+    await running;
     expect(moved).toBeGreaterThan(1000n);
     expect(early).toBeGreaterThan(0);
-    await run('blkdiscard', ['--offset', String(100n * MiB), '--length', String(8n * MiB), device.devicePath]);
+    await run('blkdiscard', [
+      '--offset',
+      String(100n * MiB),
+      '--length',
+      String(8n * MiB),
+      device.devicePath,
+    ]);
     const before = await sum(device.devicePath, 128n);
     await churn.cut();
     await r.supply(engine);

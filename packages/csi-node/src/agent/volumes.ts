@@ -619,7 +619,8 @@ export class Volumes {
     const find = (): PendingReturn | undefined =>
       this.#returns.list().find((e) => e.volumeUuid === uuid && e.epoch === epoch.toString());
     const unsettled = find();
-    if (unsettled?.state === 'maintained' && pool !== undefined) await this.#settleMaintained(pool, unsettled);
+    if (unsettled?.state === 'maintained' && pool !== undefined)
+      await this.#settleMaintained(pool, unsettled);
     const entry = find();
     if (entry !== undefined) return { epoch: epoch.toString(), was_open: true, claimed: entry.claimed };
     if (pool !== undefined && !pool.dead && !(await pool.reported(reportWaitMs))) {
@@ -785,7 +786,11 @@ export class Volumes {
    * Compacts a volume that nobody has open, as cutClosed() cuts it. The answer returns the grant, so the slabs that were claimed
    * are in the service's books before it is given.
    */
-  compactClosed(pool: HostedPool, order: CompactVolume__Output, grant: Grant__Output): Promise<CompactResult> {
+  compactClosed(
+    pool: HostedPool,
+    order: CompactVolume__Output,
+    grant: Grant__Output,
+  ): Promise<CompactResult> {
     const uuid = order.volume_uuid;
     return this.#locks.run(`volume ${uuid}`, async () => {
       const spec = specFromGrant(grant);
@@ -893,7 +898,9 @@ export class Volumes {
       [...slabsOf(ahead.map(runFromWire))].map(({ slab, generation }) => [slab, generation]),
     );
     const claimed = owners
-      .filter((owner) => owner.layerId.toString() === topLayerId && taken.get(owner.slab) === owner.generation)
+      .filter(
+        (owner) => owner.layerId.toString() === topLayerId && taken.get(owner.slab) === owner.generation,
+      )
       .map(({ slab, generation, layerId }) =>
         claimedToWire({ volumeId: BigInt(volumeId), layerId, slab, generation }),
       );

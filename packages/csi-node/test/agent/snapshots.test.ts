@@ -467,7 +467,11 @@ describe('snapshot orders', () => {
         },
         id,
       );
-    const chain = (): Layer[] => [layer(11, 10), layer(10, 9, { frozen: true }), layer(9, 0, { frozen: true })];
+    const chain = (): Layer[] => [
+      layer(11, 10),
+      layer(10, 9, { frozen: true }),
+      layer(9, 0, { frozen: true }),
+    ];
     const underWay = (uuid = '') =>
       waitFor('the compaction', () =>
         native.pool.volumes().some((v) => v.spec.uuid === uuid && v.compactions.length > 0)
@@ -520,7 +524,11 @@ describe('snapshot orders', () => {
       const result = await compact(grant, { epoch: '0', grant });
       expect(result.compact).toMatchObject({ moved_blocks: '77', complete: true, epoch: '5' });
       expect(service.reported.map((slab) => slab.layer_id)).toEqual(['11', '11']);
-      expect(disk.records.get(grant.slot ?? 0)).toMatchObject({ state: 'closed', epoch: 5n, topLayerId: 11n });
+      expect(disk.records.get(grant.slot ?? 0)).toMatchObject({
+        state: 'closed',
+        epoch: 5n,
+        topLayerId: 11n,
+      });
       expect(native.pool.volumes()).toEqual([]);
       expect(service.returned).toEqual([]);
       // The answer was lost: it is not done again, and nothing is opened under a grant that is over.
@@ -549,7 +557,10 @@ describe('snapshot orders', () => {
       expect((await heldAfterReconnect())[0]).toMatchObject({ epoch: '5', claimed: [{ layer_id: '11' }] });
       const revoked = await service.order({ revoke: { volume_uuid: grant.volume_uuid ?? '', epoch: '5' } });
       expect(revoked.error_code).toBe('UNKNOWN_VOLUME');
-      expect((await compact(grant, { grant }, 'early')).compact).toMatchObject({ complete: false, epoch: '5' });
+      expect((await compact(grant, { grant }, 'early')).compact).toMatchObject({
+        complete: false,
+        epoch: '5',
+      });
       expect(service.reported.map((slab) => slab.layer_id)).toEqual(['11']);
       expect(await compact(grant, { grant })).toMatchObject({ error_code: 'STALE' });
     });
