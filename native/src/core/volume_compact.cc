@@ -30,7 +30,7 @@ namespace {
 constexpr uint64_t kLooks = 4096;         // at entries of layers, under one hold of the lock
 // Beside requests. A write that meets a marked chunk waits for the whole batch, a read for what is at the device.
 constexpr size_t kChunksBeside = 8;
-constexpr uint32_t kDepthBeside = 2;
+constexpr uint32_t kDepthBeside = 1;
 constexpr uint32_t kPieceBeside = kChunkSize;
 constexpr uint32_t kPiece = 4 * kChunkSize;
 constexpr uint64_t kLongestRestNs = 250'000'000;
@@ -441,6 +441,8 @@ void VolumeImpl::compact_unmark() {
 void VolumeImpl::compact_unmarked() {
   Compact& job = *compact_;
   compact_unmark();
+  // Somebody's flush should not have to write all the pages of a long compaction.
+  if (dirty_.size() > kFlushPagesMax) want_flush();
   if (!job.users && active_ == 0 && request_count() == job.requests) return compact_post(Compact::Stage::kLook);
   compact_rest(std::min(job.home->now_ns() - job.begun_ns, kLongestRestNs));
 }
