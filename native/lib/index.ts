@@ -261,6 +261,18 @@ export interface OpenVolume {
   cut(top: LayerSpec, snapshot: { name: string; unixMs: number }, timeoutMs: number): Promise<CutReport>;
   /** Drops slabs of frozen layers from the map; resolves when no request that may know a place in them is left. */
   forgetSlabs(slabs: SlabRun[]): Promise<void>;
+  /**
+   * Copies, into the top, the blocks that still show from these slabs of frozen layers, so that stripLayers() can empty them;
+   * durable when it resolves. Unknown slabs are skipped, and so are those for whose blocks the top would need chunks for more
+   * than `skipAbovePermille` / 1000 of a slab's. Ends after about `maxBlocks` (0n: no limit). Gives way to requests. Ended early,
+   * `complete` false, by hold(), cut() and close(); rejects HF_UNAVAILABLE when revoked meanwhile, HF_BUSY while one runs or writes
+   * are held, HF_IO when blocks can't be copied: they stay where they are.
+   */
+  compact(
+    sources: { layerId: bigint; slabs: SlabRun[] }[],
+    skipAbovePermille: number,
+    maxBlocks: bigint,
+  ): Promise<CompactReport>;
   /** Takes the dead device of a revoked or fenced volume away. HF_BUSY while mounted. */
   detach(): Promise<void>;
   stats(): VolumeStats;
@@ -271,6 +283,15 @@ export interface CutReport {
   frozen: LayerSpec;
   /** How long writes waited. */
   heldMicroseconds: number;
+}
+
+export interface CompactReport {
+  /** Data and zeros. */
+  movedBlocks: bigint;
+  /** Nothing is left that the rule would move. */
+  complete: boolean;
+  /** The rule would move more, but there is no slab to spare. */
+  noSpace: boolean;
 }
 
 export interface StripReport {

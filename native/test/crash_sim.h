@@ -68,6 +68,7 @@ struct CrashResult {
   uint64_t jobs_cut_off = 0;  // strips and wipes, by a crash
   uint64_t wiped_slabs = 0;
   uint64_t unchained = 0;     // layers removed from their chains
+  uint64_t compacted = 0;     // blocks copied up into tops
   uint64_t emptied = 0;       // slabs given back by volumes
   uint64_t checks = 0;        // blocks compared
 

@@ -3,9 +3,11 @@ import { sleep } from '@holdfast/testing';
 import { afterEach, describe, expect, it } from 'vitest';
 import {
   native,
+  type CompactReport,
   type CutReport,
   type LayerRecord,
   type LayerSpec,
+  type SlabRun,
   type StripReport,
   type VolumeRecord,
   type VolumeSpec,
@@ -406,4 +408,206 @@ describe('a deleted snapshot', () => {
     await other.call('poolCall', r.pool.uuid, 'close');
     await expectCleanPool(r);
   }, 120_000);
+});
+
+describe('compaction', () => {
+  const count = (runs: { count: number }[]): number => runs.reduce((all, one) => all + one.count, 0);
+
+  /** One volume whose snapshots come and go, with the service's part of it: who has which slab. */
+  class Churn {
+    readonly rig: Rig;
+    engine: EngineProcess;
+    spec: VolumeSpec;
+    #seen = 0;
+    #engineSeen: EngineProcess;
+    readonly #slabs = new Map<bigint, Map<bigint, bigint>>();
+
+    constructor(r: Rig, engine: EngineProcess, spec: VolumeSpec) {
+      this.rig = r;
+      this.engine = engine;
+      this.spec = spec;
+      this.#engineSeen = engine;
+    }
+    /** Claims and give-backs that the engine has told since. */
+    books(): void {
+      if (this.#engineSeen !== this.engine) [this.#engineSeen, this.#seen] = [this.engine, 0];
+      for (const event of this.engine.events.slice(this.#seen)) {
+        if (event.type === 'slab-claimed') this.#of(event.layerId).set(event.slab, event.generation);
+        if (event.type === 'slab-emptied') this.#of(event.layerId).delete(event.slab);
+      }
+      this.#seen = this.engine.events.length;
+    }
+    #of(layerId: bigint): Map<bigint, bigint> {
+      const known = this.#slabs.get(layerId) ?? new Map<bigint, bigint>();
+      this.#slabs.set(layerId, known);
+      return known;
+    }
+    layers(): LayerSpec[] {
+      this.books();
+      return this.spec.layers.map((layer) => ({
+        ...layer,
+        slabs: [...this.#of(layer.layerId)].map(([first, generation]) => ({ first, count: 1, generation })),
+      }));
+    }
+    frozenSlabs(): number {
+      return count(this.layers().flatMap((layer, i) => (i > 0 ? layer.slabs : [])));
+    }
+    async cut(): Promise<CutReport> {
+      const done = await cut(this.rig, this.engine, this.spec);
+      this.spec = done.spec;
+      return done.report;
+    }
+    compact(): Promise<CompactReport> {
+      const sources = this.layers()
+        .slice(1)
+        .map(({ layerId, slabs }) => ({ layerId, slabs }));
+      return this.engine.call<CompactReport>(
+        'volumeCall',
+        this.rig.pool.uuid,
+        this.spec.volumeId,
+        'compact',
+        sources,
+        1000,
+        0n,
+      );
+    }
+    /** All snapshots are deleted. Returns the blocks that the folded layers still have. */
+    async strip(): Promise<bigint> {
+      const [head, ...victims] = this.layers() as [LayerSpec, ...LayerSpec[]];
+      const { uuid } = this.rig.pool;
+      const report = await this.engine.call<StripReport>('poolCall', uuid, 'stripLayers', victims, [head]);
+      await this.engine.call('volumeCall', uuid, this.spec.volumeId, 'forgetSlabs', report.emptied);
+      const gone = new Set(
+        report.emptied.flatMap((run) => Array.from({ length: run.count }, (_, i) => run.first + BigInt(i))),
+      );
+      const wipe = victims.map(({ layerId, slot, slabs }) => ({
+        layerId,
+        slot,
+        slabs: slabs.filter((run: SlabRun) => gone.has(run.first)),
+      }));
+      await this.engine.call('poolCall', uuid, 'wipeLayers', wipe, false);
+      for (const { layerId, slabs } of wipe) for (const run of slabs) this.#of(layerId).delete(run.first);
+      return report.uses.reduce((all, use) => all + use.liveBlocks, 0n);
+    }
+  }
+
+  it('under fio with verify, snapshots taken and deleted all the time, gives back what they held', async () => {
+    const r = await fresh('compact-fio', { diskBytes: 32_768n * MiB });
+    const engine = await r.host();
+    const spec = r.spec(1n, 128n * MiB);
+    const { export: device } = await r.open(engine, spec);
+    const churn = new Churn(r, engine, spec);
+    await fio(device.devicePath, ['--rw=write', '--bs=1m', '--size=128M', '--verify=crc32c']);
+    const load = { over: false };
+    const running = fio(
+      device.devicePath,
+      [
+        '--rw=randrw',
+        '--rwmixread=30',
+        '--bsrange=4k-64k',
+        '--size=96M',
+        '--iodepth=8',
+        '--fsync=64',
+        '--verify=crc32c',
+        '--verify_backlog=512',
+        '--time_based',
+        '--runtime=12',
+      ],
+      180_000,
+    ).finally(() => {
+      load.over = true;
+    });
+    running.catch(() => {});
+    let moved = 0n;
+    let early = 0;
+    for (let round = 0; !load.over; round += 1) {
+      await r.supply(engine);
+      await churn.cut();
+      const compaction = churn.compact();
+      // Every other time a snapshot comes in the middle of it.
+      if (round % 2 === 1) {
+        await sleep(30);
+        await churn.cut();
+      }
+      const report = await compaction;
+      expect(report.noSpace).toBe(false);
+      moved += report.movedBlocks;
+      early += report.complete ? 0 : 1;
+      await churn.strip();
+      await sleep(250);
+    }
+    await running;
+    expect(moved).toBeGreaterThan(1000n);
+    expect(early).toBeGreaterThan(0);
+    await run('blkdiscard', [
+      '--offset',
+      String(100n * MiB),
+      '--length',
+      String(8n * MiB),
+      device.devicePath,
+    ]);
+    const before = await sum(device.devicePath, 128n);
+    await churn.cut();
+    await r.supply(engine);
+    expect((await churn.compact()).complete).toBe(true);
+    expect(await churn.strip()).toBe(0n);
+    expect(churn.frozenSlabs()).toBe(0);
+    expect(await sum(device.devicePath, 128n)).toBe(before);
+    // 1.3 times the live data, and the slabs that are partly used.
+    expect(count(churn.layers()[0]?.slabs ?? [])).toBeLessThanOrEqual(Math.ceil((128 / 16) * 1.3));
+    await r.close(engine, churn.spec);
+    const again = { ...churn.spec, layers: churn.layers(), epoch: churn.spec.epoch + 1n };
+    const reopened = await r.open(engine, again);
+    expect(await sum(reopened.export.devicePath, 128n)).toBe(before);
+    await r.close(engine, again);
+    await engine.call('poolCall', r.pool.uuid, 'close');
+    await expectCleanPool(r);
+  }, 240_000);
+
+  it('that an engine dies in is a pause for fio, and is done again by its successor', async () => {
+    const r = await fresh('compact-kill', { diskBytes: 16_384n * MiB });
+    let engine = await r.host();
+    const spec = r.spec(1n, 128n * MiB);
+    const { export: device } = await r.open(engine, spec);
+    const churn = new Churn(r, engine, spec);
+    await fio(device.devicePath, ['--rw=write', '--bs=1m', '--size=128M', '--verify=crc32c']);
+    const load = fio(
+      device.devicePath,
+      [
+        '--rw=randwrite',
+        '--bsrange=4k-64k',
+        '--size=96M',
+        '--iodepth=8',
+        '--verify=crc32c',
+        '--verify_backlog=512',
+        '--time_based',
+        '--runtime=10',
+      ],
+      180_000,
+    );
+    load.catch(() => {});
+    for (let i = 0; i < 4; i += 1) {
+      await sleep(500);
+      await r.supply(engine);
+      await churn.cut();
+      const asked = churn.compact().catch(() => undefined);
+      await sleep(20 + i * 40);
+      engine.signal('SIGKILL');
+      await asked;
+      churn.books();
+      engine = await r.engine();
+      await engine.call<AdoptedPool[]>('adopt');
+      churn.engine = engine;
+      await r.supply(engine);
+    }
+    await load;
+    const before = await sum(device.devicePath, 128n);
+    expect((await churn.compact()).complete).toBe(true);
+    expect(await churn.strip()).toBe(0n);
+    expect(churn.frozenSlabs()).toBe(0);
+    expect(await sum(device.devicePath, 128n)).toBe(before);
+    await r.close(engine, churn.spec);
+    await engine.call('poolCall', r.pool.uuid, 'close');
+    await expectCleanPool(r);
+  }, 240_000);
 });

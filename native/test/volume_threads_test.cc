@@ -342,6 +342,96 @@ TEST(VolumeThreads, CutsUnderTwoWritersLoseNothingAndTheirSnapshotsStand) {
   volume.reset();
 }
 
+// What each client reads must stay its own while blocks are copied up under it, and a cut comes into the middle of that.
+TEST(VolumeThreads, CompactionUnderTwoWritersAndCutsLosesNothing) {
+  constexpr uint64_t kBlocks = 1024;
+  const format::Superblock superblock = small_superblock();
+  MemoryDevice device(superblock.device_bytes);
+  TestStock stock;
+  stock.add(0, 4000, 1);
+  TestObserver observer;
+  ArenaMemory memory(4 * kMiB);
+  auto arena = memory.format(5, 1);
+  VolumeSpec spec;
+  spec.volume_id = 5;
+  spec.size_bytes = kBlocks * kBlock;
+  spec.epoch = 1;
+  LayerSpec top;
+  top.layer_id = 50;
+  top.birth = 1;
+  spec.layers.push_back(top);
+  VolumeEnvironment environment;
+  environment.device = &device;
+  environment.pool = kPoolUuid;
+  environment.superblock = &superblock;
+  environment.stock = &stock;
+  environment.observer = &observer;
+  environment.arena = arena.get();
+  environment.chunks_per_slab = 4;
+  ThreadExecutor first;
+  ThreadExecutor second;
+  ThreadExecutor third;
+  ThreadExecutor fourth;
+  std::unique_ptr<Volume> volume;
+  std::promise<Status> opened;
+  first.call([&] {
+    Volume::open(environment, spec, false, [&](Result<std::unique_ptr<Volume>> result) {
+      if (result.ok()) volume = std::move(*result);
+      opened.set_value(result.status);
+    });
+  });
+  ASSERT_TRUE(opened.get_future().get().ok());
+  using Compacted = std::promise<Result<CompactReport>>;
+  const auto compact = [&](ThreadExecutor& executor, Compacted& answer, std::vector<LayerSlabs> sources) {
+    executor.call([&, sources = std::move(sources)] {
+      volume->compact(sources, 1000, 0, [&](Result<CompactReport> result) { answer.set_value(std::move(result)); });
+    });
+  };
+  std::vector<LayerSlabs> frozen;
+  uint64_t moved = 0;
+  {
+    Client a(first, *volume, 0, kBlocks, 12'000);
+    Client b(second, *volume, 1, kBlocks, 12'000);
+    a.start();
+    b.start();
+    for (int i = 0; i < 10; i++) {
+      Compacted early;
+      compact(fourth, early, frozen);
+      LayerSpec next;
+      next.layer_id = top.layer_id + 1;
+      next.slot = top.slot + 1;
+      next.parent_layer_id = top.layer_id;
+      next.birth = top.birth + 1;
+      std::promise<Result<CutReport>> cut;
+      third.call([&] {
+        volume->cut(next, {}, 60'000'000'000, [&](Result<CutReport> result) { cut.set_value(std::move(result)); });
+      });
+      Result<CutReport> report = cut.get_future().get();
+      ASSERT_TRUE(report.ok()) << report.status.message;
+      Result<CompactReport> ended = early.get_future().get();
+      ASSERT_TRUE(ended.ok()) << ended.status.message;
+      frozen.insert(frozen.begin(), {report->frozen.layer_id, report->frozen.slabs});
+      top = next;
+      Compacted whole;
+      compact(i % 2 == 0 ? third : first, whole, frozen);
+      Result<CompactReport> done = whole.get_future().get();
+      ASSERT_TRUE(done.ok()) << done.status.message;
+      EXPECT_TRUE(done->complete);
+      moved += ended->moved_blocks + done->moved_blocks;
+    }
+    a.wait();
+    b.wait();
+    EXPECT_EQ(a.failures() + b.failures(), 0u);
+    EXPECT_GT(moved, 0u);
+  }
+  std::promise<Status> closed;
+  second.call([&] { volume->close([&](Status status) { closed.set_value(status); }); });
+  const Status status = closed.get_future().get();
+  EXPECT_TRUE(status.ok()) << status.message;
+  volume.reset();
+  EXPECT_TRUE(observer.events.empty());
+}
+
 TEST(VolumeThreads, AbortInTheMiddleAnswersEveryRequestOnItsOwnThread) {
   const format::Superblock superblock = small_superblock();
   for (uint64_t round = 0; round < 20; round++) {

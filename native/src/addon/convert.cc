@@ -399,6 +399,14 @@ Napi::Value to_js(Napi::Env env, const VolumeStats& stats) {
   return out;
 }
 
+Napi::Value to_js(Napi::Env env, const CompactReport& report) {
+  Napi::Object out = Napi::Object::New(env);
+  out.Set("movedBlocks", big(env, report.moved_blocks));
+  out.Set("complete", Napi::Boolean::New(env, report.complete));
+  out.Set("noSpace", Napi::Boolean::New(env, report.no_space));
+  return out;
+}
+
 Napi::Value to_js(Napi::Env env, const EngineEvent& event) {
   Napi::Object out = Napi::Object::New(env);
   out.Set("pool", text(env, uuid_text(event.pool)));

@@ -53,6 +53,7 @@ Napi::Value to_js(Napi::Env env, const CheckReport& report);
 Napi::Value to_js(Napi::Env env, const LayerSpec& layer);
 Napi::Value to_js(Napi::Env env, const VolumeSpec& spec);
 Napi::Value to_js(Napi::Env env, const CutReport& report);
+Napi::Value to_js(Napi::Env env, const CompactReport& report);
 Napi::Value to_js(Napi::Env env, const LayerUse& use);
 Napi::Value to_js(Napi::Env env, const StripReport& report);
 Napi::Value to_js(Napi::Env env, const ByteRange& range);

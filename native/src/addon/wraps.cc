@@ -47,6 +47,7 @@ class VolumeWrap : public Napi::ObjectWrap<VolumeWrap> {
                         InstanceMethod<&VolumeWrap::hold>("hold"), InstanceMethod<&VolumeWrap::release>("release"),
                         InstanceMethod<&VolumeWrap::cut>("cut"),
                         InstanceMethod<&VolumeWrap::forget_slabs>("forgetSlabs"),
+                        InstanceMethod<&VolumeWrap::compact>("compact"),
                         InstanceMethod<&VolumeWrap::stats>("stats")});
   }
 
@@ -103,6 +104,26 @@ class VolumeWrap : public Napi::ObjectWrap<VolumeWrap> {
       std::vector<SlabRun> slabs = runs_from(info[0].As<Napi::Array>(), "slabs");
       return promise_for_status(info.Env(), data_of(info.Env())->dispatcher,
                                 [volume = volume_, slabs = std::move(slabs)] { return volume->forget_slabs(slabs); });
+    });
+  }
+  Napi::Value compact(const Napi::CallbackInfo& info) {
+    return reject_on_throw(info, [&] {
+      if (!info[0].IsArray()) throw_invalid(info.Env(), "sources must be an array of layers with their slabs");
+      const auto given = info[0].As<Napi::Array>();
+      std::vector<LayerSlabs> sources;
+      for (uint32_t i = 0; i < given.Length(); ++i) {
+        if (!Napi::Value(given[i]).IsObject()) throw_invalid(info.Env(), "sources has something that is no layer");
+        const auto layer = Napi::Value(given[i]).As<Napi::Object>();
+        sources.push_back({get_u64(layer, "layerId"), runs_from(get_array(layer, "slabs"), "slabs")});
+      }
+      const uint32_t skip_above = u32_argument(info, 1, "skipAbovePermille");
+      const uint64_t max_blocks = u64_argument(info, 2, "maxBlocks");
+      return promise_for<CompactReport>(
+          info.Env(), data_of(info.Env())->dispatcher,
+          [volume = volume_, sources = std::move(sources), skip_above, max_blocks] {
+            return volume->compact(sources, skip_above, max_blocks);
+          },
+          [](Napi::Env env, CompactReport& report) { return to_js(env, report); });
     });
   }
   Napi::Value stats(const Napi::CallbackInfo& info) { return to_js(info.Env(), volume_->stats()); }

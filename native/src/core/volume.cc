@@ -24,6 +24,7 @@ VolumeImpl::VolumeImpl(const VolumeEnvironment& environment, const VolumeSpec& s
   stock_task_.run = stock_has_some;
   stock_task_.volume = this;
   frozen_task_.volume = this;
+  compact_task_.volume = this;
 }
 
 void VolumeImpl::submit(VolumeRequest* request) {
@@ -129,6 +130,7 @@ void VolumeImpl::advance_grace() {
   const uint32_t before = oldest_epoch_;
   while (oldest_epoch_ != epoch_ && epoch_counts_[oldest_epoch_ % kGraceRing] == 0) oldest_epoch_++;
   if (forget_.waiting) forget_check();
+  if (compact_ != nullptr && compact_->stage == Compact::Stage::kGrace) compact_grace();
   if (oldest_epoch_ != before && !reclaim_list_.empty() && state_ == State::kOpen) reclaim();
 }
 
@@ -150,24 +152,26 @@ void VolumeImpl::resume(RequestState* state) {
 void VolumeImpl::park(RequestState* state, Need need) {
   HF_ASSERT(need != Need::kNothing && state->wait == RequestState::Wait::kNone);
   const bool slab = need == Need::kSlab;
-  state->wait = slab ? RequestState::Wait::kSlab : RequestState::Wait::kSlot;
+  const bool copy = need == Need::kCopy;
+  state->wait = slab ? RequestState::Wait::kSlab : copy ? RequestState::Wait::kCopy : RequestState::Wait::kSlot;
   state->next_waiting = nullptr;
-  RequestState*& head = slab ? slab_waiters_ : slot_waiters_;
-  RequestState*& tail = slab ? slab_waiters_tail_ : slot_waiters_tail_;
+  RequestState*& head = slab ? slab_waiters_ : copy ? copy_waiters_ : slot_waiters_;
+  RequestState*& tail = slab ? slab_waiters_tail_ : copy ? copy_waiters_tail_ : slot_waiters_tail_;
   if (head == nullptr) head = state;
   else tail->next_waiting = state;
   tail = state;
+  // What these wait for may hang on their very grace period.
+  if ((slab || copy) && state->outstanding == 0) {
+    drop_epoch(state);
+    end_change(state);
+  }
   if (slab) {
     held_++;
     if (state->held_since == 0) state->held_since = state->home->now_ns();
-    if (state->outstanding == 0) {
-      drop_epoch(state);
-      end_change(state);
-    }
     settle_for_space();
     want_slab();
     arm_full_timer();
-  } else {
+  } else if (!copy) {
     want_flush();
   }
 }
@@ -247,6 +251,7 @@ VolumeStats VolumeImpl::stats() const {
             sizeof(uint32_t);
   memory += unclaimed_.capacity() * sizeof(Unclaimed) + release_queue_.size() * sizeof(uint32_t);
   memory += size_t{flush_capacity_ + 4} * format::kPageSize;
+  if (compact_ != nullptr) memory += sizeof(Compact) + compact_->buffer->size();
   for (const auto& [slab, holes] : slab_holes_) memory += holes.capacity() * sizeof(format::HoleRange) + 64;
   for (const LayerSpec& layer : spec_.layers) memory += layer.slabs.capacity() * sizeof(SlabRun);
   if (arena_ != nullptr) memory += arena_->touched_bytes();

@@ -103,6 +103,18 @@ struct CutReport {
   uint64_t held_ns = 0;           // how long writes waited
 };
 
+// Slabs of one layer.
+struct LayerSlabs {
+  uint64_t layer_id = 0;
+  std::vector<SlabRun> slabs;
+};
+
+struct CompactReport {
+  uint64_t moved_blocks = 0;
+  bool complete = false;          // nothing is left that the rule would move
+  bool no_space = false;          // the rule would move more, but there is no slab to spare
+};
+
 struct VolumeStats {
   uint64_t size_bytes = 0;
   uint64_t mapped_bytes = 0;      // chunks with any data x chunk size
@@ -172,6 +184,14 @@ class Volume {
   // Takes slabs of frozen layers, which nothing resolves to any more, out of the map. `done` runs when no request is
   // left that may know a place in them; they may be somebody else's then. Slabs that are not there are no error.
   virtual void forget_slabs(const std::vector<SlabRun>& slabs, Done done) = 0;
+  // Copies, into the top, the blocks that still show from these slabs of frozen layers of the chain, so that stripping can empty
+  // them. Unknown slabs and layers are skipped; so is a slab for whose blocks the top would need chunks for more than
+  // `skip_above_permille` / 1000 of a slab's. Ends after about `max_blocks` (0: no limit). Beside requests, at full speed when there
+  // are none. What was moved is durable when `done` runs, and nothing that anybody reads has changed. One at a time, and not while
+  // writes are held (kBusy). hold(), cut() and close() end it first, early: `complete` is false then. kIo: the data stays where it was.
+  using CompactDone = std::function<void(Result<CompactReport>)>;
+  virtual void compact(const std::vector<LayerSlabs>& sources, uint32_t skip_above_permille, uint64_t max_blocks,
+                       CompactDone done) = 0;
   // Flush, make both copies of every page equal, write the record as closed (epoch kept), stop. No request may be
   // outstanding. After it only the destructor may be called.
   virtual void close(Done done) = 0;

@@ -203,7 +203,8 @@ void VolumeImpl::close(Done done) {
     list_slab(index);
   }
   release_queue_.clear();
-  idle_check();  // claims and flushes under way end first
+  if (moving()) compact_stop();
+  idle_check();  // claims, flushes and a compaction under way end first
   unlock(lock);
 }
 
@@ -347,6 +348,8 @@ void VolumeImpl::abort(Done done) {
     if (control_.kind == Control::Kind::kClose && control_.step == 0) close_failed("it was stopped");
     fail_waiting(slot_waiters_, slot_waiters_tail_, EIO);
     fail_waiting(slab_waiters_, slab_waiters_tail_, EIO);
+    fail_waiting(copy_waiters_, copy_waiters_tail_, EIO);
+    if (moving()) compact_stop();
     if (control_.kind == Control::Kind::kForget || waits_idly()) {
       hold_end(stopped_status("it was stopped"));
     }

@@ -58,7 +58,8 @@ void VolumeImpl::discard(RequestState* state, bool inside_submit) {
     const uint64_t stop = std::min(end, uint64_t{chunk} * kChunkSize + kChunkSize);
     const uint32_t first = static_cast<uint32_t>(at % kChunkSize) / kBlockSize;
     const auto last = static_cast<uint32_t>((stop - uint64_t{chunk} * kChunkSize) / kBlockSize);
-    const Need need = discard_chunk(chunk, block_mask(first, last));
+    const bool copied = !copying_.empty() && copying(chunk);
+    const Need need = copied ? Need::kCopy : discard_chunk(chunk, block_mask(first, last));
     if (need != Need::kNothing) {
       park(state, need);
       return unlock(lock);
@@ -113,21 +114,24 @@ VolumeImpl::Need VolumeImpl::discard_hidden(uint32_t chunk, uint16_t blocks) {
   const uint16_t older = older_data(chunk);
   const auto zero = static_cast<uint16_t>(older & blocks);
   if (zero == 0) return Need::kNothing;
-  if (zero == older) {
-    // Any page of the layer will do: there is no entry that the hole would have to go with.
-    for (uint32_t tried = 0; tried < 8 && !top_list_.empty(); tried++) {
-      if (hole_slab_ >= top_list_.size()) hole_slab_ = 0;
-      const uint32_t slab = top_list_[hole_slab_];
-      if (slabs_[slab].state != SlabState::kLive || !in_top(slabs_[slab])) {
-        top_list_[hole_slab_] = top_list_.back();
-        top_list_.pop_back();
-        continue;
-      }
-      const HoleResult result = add_hole(slab, chunk, kNoIndex);
-      if (result == HoleResult::kNoSlot) return Need::kSlot;
-      if (result == HoleResult::kAdded) return Need::kNothing;
-      hole_slab_++;
+  return cover_with_zeros(chunk, zero, zero == older);
+}
+
+// For a chunk that the top layer says nothing about. `whole`: no other block of it shows data.
+VolumeImpl::Need VolumeImpl::cover_with_zeros(uint32_t chunk, uint16_t zero, bool whole) {
+  // Any page of the layer will do: there is no entry that the hole would have to go with.
+  for (uint32_t tried = 0; whole && tried < 8 && !top_list_.empty(); tried++) {
+    if (hole_slab_ >= top_list_.size()) hole_slab_ = 0;
+    const uint32_t slab = top_list_[hole_slab_];
+    if (slabs_[slab].state != SlabState::kLive || !in_top(slabs_[slab])) {
+      top_list_[hole_slab_] = top_list_.back();
+      top_list_.pop_back();
+      continue;
     }
+    const HoleResult result = add_hole(slab, chunk, kNoIndex);
+    if (result == HoleResult::kNoSlot) return Need::kSlot;
+    if (result == HoleResult::kAdded) return Need::kNothing;
+    hole_slab_++;
   }
   Place place = kNoPlace;
   const Need need = place_for(chunk, &place);

@@ -3,10 +3,13 @@
 //
 //   flush, while writes go on → hold new ones → those under way end → flush what they left
 //
+// A compaction stops moving before all that, so that nobody is held for its sake.
+//
 // A write that has begun goes on to its end. One that waits for a slab has nothing at the device and knows no place:
 // it waits on, and begins anew in whatever layer is the top by then. A discard may be held between two chunks. Neither
 // has been acknowledged, so what a snapshot shows of them is what a crash might.
 #include <cerrno>
+#include <utility>
 
 #include "volume_impl.h"
 
@@ -51,23 +54,29 @@ struct VolumeImpl::TimerLink {
 struct VolumeImpl::HoldTimer : Task {
   std::shared_ptr<TimerLink> link;
   uint64_t number = 0;
+  void (VolumeImpl::*fired)(uint64_t number) = nullptr;
 };
 
 void VolumeImpl::set_timer(uint64_t after_ns) {
+  post_timer(control_.home, after_ns, ++timer_number_, &VolumeImpl::timer_fired);
+}
+
+void VolumeImpl::post_timer(Executor* home, uint64_t after_ns, uint64_t number,
+                            void (VolumeImpl::*fired)(uint64_t number)) {
   if (timer_link_ == nullptr) {
     timer_link_ = std::make_shared<TimerLink>();
     timer_link_->volume = this;
   }
   auto* timer = new HoldTimer;
   timer->link = timer_link_;
-  timer->number = ++timer_number_;
+  timer->number = number;
+  timer->fired = fired;
   timer->run = [](Task* task) {
     std::unique_ptr<HoldTimer> self(static_cast<HoldTimer*>(task));
     std::lock_guard guard(self->link->mutex);
-    if (self->link->volume != nullptr) self->link->volume->timer_fired(self->number);
+    if (self->link->volume != nullptr) (self->link->volume->*self->fired)(self->number);
   };
-  Executor* executor = control_.home;
-  executor->post_at(timer, executor->now_ns() + after_ns);
+  home->post_at(timer, home->now_ns() + after_ns);
 }
 
 void VolumeImpl::drop_timers() {
@@ -146,7 +155,15 @@ void VolumeImpl::hold_begin(uint64_t timeout_ns) {
   hold_lost_ = false;
   hold_timeout_ns_ = timeout_ns;
   stage_ = HoldStage::kFlush;
-  hold_flush();
+  hold_waits_ = moving();
+  if (hold_waits_) compact_stop();
+  else hold_flush();
+}
+
+void VolumeImpl::hold_moved() {
+  if (!std::exchange(hold_waits_, false)) return;
+  if (state_ == State::kAborted) hold_end(stopped_status("it was stopped"));
+  else hold_flush();
 }
 
 // Never a needless one: a discard that is held half-way has changed pages and is not yet counted as modified.

@@ -10,6 +10,7 @@
 //   volume_hold.cc      holding new writes until the map is durable and stands still
 //   volume_cut.cc       the cut: records, commit, a new top
 //   volume_frozen.cc    what is left to do for a layer that has just been frozen; forgetting slabs
+//   volume_compact.cc   copying what still shows of old layers up into the top
 //   volume_close.cc     grow, close, abort
 //
 // Threads: everything below is guarded by mu_, which is held for lookups and bit changes only, never across I/O or a
@@ -20,7 +21,8 @@
 // Why no lock per chunk is needed. (1) Places are given out under mu_ and stand in the map at once, so two first
 // writes to a chunk agree on its place. (2) A place that a request has seen can't be given to other data while the
 // request lives: a freed chunk waits, besides for both durable copies, for a grace period, until every request that
-// was there when it was freed has ended. (3) What two requests do to the same block at the same time has no order.
+// was there when it was freed has ended. (3) What two requests do to the same block at the same time has no order. Only
+// a copy made by the volume itself must not meet a write: while one is under way, writes to its few chunks wait.
 #pragma once
 
 #include <array>
@@ -79,7 +81,8 @@ struct FlushWaiter : Task {
 // Lives in VolumeRequest::scratch.
 struct RequestState : Task {
   static constexpr uint32_t kExtents = 4;
-  enum class Wait : uint8_t { kNone, kSlot, kSlab, kHold, kPosted };  // kPosted: woken, its task has not run yet
+  // kPosted: woken, its task has not run yet.
+  enum class Wait : uint8_t { kNone, kSlot, kSlab, kCopy, kHold, kPosted };
 
   VolumeRequest* request = nullptr;
   VolumeImpl* volume = nullptr;
@@ -141,6 +144,8 @@ class VolumeImpl final : public Volume {
   void release(Done done) override;
   void cut(const LayerSpec& top, const SnapshotInfo& snapshot, uint64_t timeout_ns, CutDone done) override;
   void forget_slabs(const std::vector<SlabRun>& slabs, Done done) override;
+  void compact(const std::vector<LayerSlabs>& sources, uint32_t skip_above_permille, uint64_t max_blocks,
+               CompactDone done) override;
   void close(Done done) override;
   void abort(Done done) override;
   VolumeStats stats() const override;
@@ -149,7 +154,7 @@ class VolumeImpl final : public Volume {
   friend class VolumeOpener;
 
   enum class State : uint8_t { kOpening, kOpen, kClosing, kClosed, kAborted };
-  enum class Need : uint8_t { kNothing, kSlot, kSlab };
+  enum class Need : uint8_t { kNothing, kSlot, kSlab, kCopy };  // kCopy: that a copy of the chunk ends
   static constexpr uint32_t kGraceRing = 64;
   static constexpr uint32_t kFlushPagesMax = 256;
   static constexpr uint32_t kFlushPagesMin = 8;
@@ -265,6 +270,7 @@ class VolumeImpl final : public Volume {
   Need discard_chunk(uint32_t chunk, uint16_t blocks);                          // locked
   Need discard_mapped(uint32_t chunk, uint16_t blocks, Place place);            // locked
   Need discard_hidden(uint32_t chunk, uint16_t blocks);                         // locked
+  Need cover_with_zeros(uint32_t chunk, uint16_t zero, bool whole);             // locked
   enum class HoleResult : uint8_t { kAdded, kNoRoom, kNoSlot };
   bool hole_in_page(uint32_t slab, uint32_t chunk) const;                       // locked
   HoleResult add_hole(uint32_t slab, uint32_t chunk, uint32_t clear_index);     // locked
@@ -406,6 +412,8 @@ class VolumeImpl final : public Volume {
   void resume_writes();                    // locked
   void set_timer(uint64_t after_ns);       // locked; the one before is void
   void timer_fired(uint64_t number);
+  // `fired(number)` runs on `home`, unless the volume is gone by then. For compaction too.
+  void post_timer(Executor* home, uint64_t after_ns, uint64_t number, void (VolumeImpl::*fired)(uint64_t number));
   void drop_timers();
   bool waits_idly() const {                // for a timer, a drain or the next call: nothing else would end it
     return stage_ == HoldStage::kDrain || (stage_ == HoldStage::kHeld && control_.kind == Control::Kind::kHold) ||
@@ -475,6 +483,105 @@ class VolumeImpl final : public Volume {
   void forget(uint32_t slab);    // locked
   void forget_check();           // locked
 
+  // ---- volume_compact.cc
+  static constexpr uint32_t kCopyDepth = 8;
+  static constexpr uint32_t kCopyChunks = 32;
+  struct Compact {
+    enum class Stage : uint8_t {
+      kLook,   // its task is posted: what comes next
+      kGrace,  // chunks are marked; requests that came before may still be at them
+      kPlan,   // its task is posted: they have ended
+      kRead,
+      kWrite,
+      kRest,   // until its timer
+      kFlush,  // nothing is moved any more
+    };
+    struct Source {
+      uint32_t slab;
+      uint64_t number;
+      uint64_t generation;
+    };
+    struct Copy {
+      uint32_t chunk;
+      uint16_t blocks;
+      uint16_t zeros;
+      Place place;            // in the top; its slab's image is pinned
+    };
+    struct Piece {            // blocks in a row, on the disk and in the buffer
+      uint64_t disk;
+      uint32_t at;
+      uint32_t length;
+      uint32_t slab;
+    };
+    Stage stage = Stage::kLook;
+    Executor* home = nullptr;
+    CompactDone done;
+    CompactReport report;
+    uint64_t max_blocks = 0;
+    uint64_t needed_max = 0;        // chunks that a slab may cost
+    bool stop = false;
+    std::vector<bool> from;         // by layer
+    std::vector<Source> sources;
+    size_t source = 0;              // the one that is looked at: its entries, then the chunks of its holes
+    uint32_t entry = 0;
+    size_t hole = 0;
+    uint32_t hole_chunk = 0;        // of that range
+    uint32_t needed = 0;
+    std::vector<uint32_t> chunks;   // of that slab, with blocks that show
+    size_t next_chunk = 0;          // to be moved; at the end while it is still looked for more
+    std::vector<Copy> copies;       // of this batch
+    std::vector<Piece> pieces;
+    size_t next_piece = 0;
+    uint32_t outstanding = 0;
+    uint32_t depth = 0;
+    int error = 0;
+    uint32_t grace = 0;
+    uint32_t epoch = 0;             // held while places are
+    uint64_t begun_ns = 0;
+    uint64_t requests = 0;          // that had come when the batch began
+    bool users = false;
+    uint64_t lacking_since_ns = 0;
+    std::unique_ptr<PageBuffer> buffer;
+    std::array<PageIo, kCopyDepth> io;
+    FlushWaiter flush;
+  };
+  struct CompactTask : Task {
+    VolumeImpl* volume = nullptr;
+  };
+  bool copying(uint32_t chunk) const {  // locked: writes to it have to wait
+    for (uint32_t one : copying_) {
+      if (one == chunk) return true;
+    }
+    return false;
+  }
+  uint16_t still_shown(uint32_t layer, uint32_t chunk, uint16_t blocks, uint64_t* looked) const;  // locked
+  bool moving() const { return compact_ != nullptr && compact_->stage != Compact::Stage::kFlush; }
+  void compact_post(Compact::Stage stage);  // locked
+  void compact_look();                      // locked, like all of these
+  bool compact_look_entries(uint64_t* looked);  // false: not yet through
+  bool compact_look_holes(uint64_t* looked);
+  bool compact_skips(uint32_t needed);
+  Need compact_plan_chunk(uint32_t chunk);
+  void compact_mark();
+  void compact_grace();                     // whenever the grace period has moved on
+  void compact_plan();
+  void compact_piece(Place place, uint16_t blocks, uint32_t at);
+  void compact_leave_epoch();
+  void compact_lacks(Need need);
+  void compact_submit();
+  void compact_io_done(int error);          // unlocked
+  void compact_apply();
+  void compact_unmark();
+  void compact_unmarked();                  // goes on after a batch
+  void compact_rest(uint64_t ns);
+  void compact_rested(uint64_t number);     // unlocked
+  void compact_stop();                      // it ends soon
+  void compact_moved();                     // nothing is moved any more: flushed, then answered
+  void compact_flushed(int error);          // unlocked
+  void compact_end(Status status);
+  void hold_moved();                        // a hold may have waited for it
+  uint64_t request_count() const { return counters_.reads + counters_.writes + counters_.flushes + counters_.discards; }
+
   const VolumeEnvironment environment_;
   VolumeSpec spec_;
   BlockDevice& device_;
@@ -516,10 +623,20 @@ class VolumeImpl final : public Volume {
   uint64_t hold_since_ = 0;  // ns
   uint64_t held_ns_ = 0;
   uint64_t timer_number_ = 0;
+  bool hold_waits_ = false;  // for a compaction to stop moving
   std::shared_ptr<TimerLink> timer_link_;
   std::unique_ptr<Cut> cut_;
   FrozenTask frozen_task_;
   Forget forget_;
+
+  // Compaction.
+  std::unique_ptr<Compact> compact_;
+  CompactTask compact_task_;
+  uint64_t compact_rests_ = 0;          // the number of its newest timer
+  std::vector<uint32_t> copying_;       // chunks whose blocks are being copied, or are about to be
+  RequestState* copy_waiters_ = nullptr;
+  RequestState* copy_waiters_tail_ = nullptr;
+
   std::array<uint32_t, kGraceRing> epoch_counts_{};
   uint32_t epoch_ = 1;
   uint32_t oldest_epoch_ = 1;

@@ -88,6 +88,10 @@ VolumeImpl::Need VolumeImpl::plan_extent(RequestState* state, Extent& extent, ui
   uint64_t disk = 0;
   while (at < end) {
     const auto chunk = static_cast<uint32_t>(at / kChunkSize);
+    if (!copying_.empty() && copying(chunk)) {
+      if (extent.chunks > 0) break;
+      return Need::kCopy;
+    }
     const uint64_t stop = std::min(end, uint64_t{chunk} * kChunkSize + kChunkSize);
     const uint32_t first = static_cast<uint32_t>(at % kChunkSize) / kBlockSize;
     const auto last = static_cast<uint32_t>((stop - uint64_t{chunk} * kChunkSize) / kBlockSize);
@@ -232,14 +236,15 @@ void VolumeImpl::write_done(IoRequest* io, int error) {
   extent->busy = !applied;  // not to be given out again before its bits are set
   if (state->wait != RequestState::Wait::kNone) {
     // Parked: resumed by whoever it waits for. It knows no place any more once nothing is at the device.
-    if (state->wait == RequestState::Wait::kSlab && state->outstanding == 0 && applied) {
+    const bool slab = state->wait == RequestState::Wait::kSlab;
+    const bool copy = state->wait == RequestState::Wait::kCopy;
+    if ((slab || copy) && state->outstanding == 0 && applied) {
       self->drop_epoch(state);
       self->end_change(state);
     }
-    // While writes are held no slab comes, but bits that are still to be set must be.
-    if (state->wait == RequestState::Wait::kSlab && !applied && self->holding_) {
-      self->wake(self->slab_waiters_, self->slab_waiters_tail_);
-    }
+    // Bits that are still to be set must not wait for a slab, which may not come, nor for a copy, which may wait for them.
+    if (slab && !applied) self->wake(self->slab_waiters_, self->slab_waiters_tail_);
+    if (copy && !applied) self->wake(self->copy_waiters_, self->copy_waiters_tail_);
     return self->unlock(lock);
   }
   if (!applied) {

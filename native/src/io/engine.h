@@ -11,6 +11,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <functional>
+#include <future>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -70,6 +71,9 @@ class EngineVolume : public std::enable_shared_from_this<EngineVolume> {
   Status release();
   Result<CutReport> cut(LayerSpec top, const SnapshotInfo& snapshot, uint32_t timeout_ms);
   Status forget_slabs(const std::vector<SlabRun>& slabs);
+  // Nobody waits for it: hold(), cut(), close() and a revocation end it.
+  Result<CompactReport> compact(const std::vector<LayerSlabs>& sources, uint32_t skip_above_permille,
+                                uint64_t max_blocks);
   VolumeStats stats() const;
   VolumeSpec spec() const;         // size as grown, layers as cut
   std::string device_path() const;
@@ -94,6 +98,8 @@ class EngineVolume : public std::enable_shared_from_this<EngineVolume> {
   Status keep_spec();              // the same, with the spec as it is now
   template <typename T>
   T begin_and_wait(const std::function<void(Volume&, std::function<void(T)>)>& begin);
+  template <typename T>
+  Result<std::future<std::shared_ptr<T>>> begin(const std::function<void(Volume&, std::function<void(T)>)>& call);
   Status note();                   // the keeper's blob only
   std::string entry_name() const;
   std::string export_blob() const;

@@ -415,19 +415,25 @@ Status EngineVolume::grow(uint64_t size_bytes) {
   return pool_->engine_->keeper_->resize(session_->mount_fd(), loop(false));
 }
 
-// Begins a call of the volume and waits for its answer. kill() is not kept waiting: what it aborts is answered first.
+// Begins a call of the volume. kill() is not kept waiting: what it aborts is answered first.
 template <typename T>
-T EngineVolume::begin_and_wait(const std::function<void(Volume&, std::function<void(T)>)>& begin) {
+Result<std::future<std::shared_ptr<T>>> EngineVolume::begin(
+    const std::function<void(Volume&, std::function<void(T)>)>& call) {
   auto promise = std::make_shared<std::promise<std::shared_ptr<T>>>();
   std::future<std::shared_ptr<T>> answer = promise->get_future();
-  {
-    std::lock_guard calls(volume_calls_);
-    if (volume_ == nullptr) return not_open();
-    run_on(home(), [&] {
-      begin(*volume_, [promise](T value) { promise->set_value(std::make_shared<T>(std::move(value))); });
-    });
-  }
-  return std::move(*answer.get());
+  std::lock_guard calls(volume_calls_);
+  if (volume_ == nullptr) return not_open();
+  run_on(home(), [&] {
+    call(*volume_, [promise](T value) { promise->set_value(std::make_shared<T>(std::move(value))); });
+  });
+  return answer;
+}
+
+template <typename T>
+T EngineVolume::begin_and_wait(const std::function<void(Volume&, std::function<void(T)>)>& call) {
+  Result<std::future<std::shared_ptr<T>>> answer = begin<T>(call);
+  if (!answer.ok()) return answer.status;
+  return std::move(*answer->get());
 }
 
 Status EngineVolume::hold(uint32_t timeout_ms) {
@@ -541,6 +547,20 @@ Status EngineVolume::forget_slabs(const std::vector<SlabRun>& slabs) {
     }
   }
   return keep_spec();
+}
+
+Result<CompactReport> EngineVolume::compact(const std::vector<LayerSlabs>& sources, uint32_t skip_above_permille,
+                                            uint64_t max_blocks) {
+  using Compacted = Result<CompactReport>;
+  std::unique_lock control(control_);
+  if (state() != State::kOpen) return not_open();
+  Result<std::future<std::shared_ptr<Compacted>>> answer =
+      begin<Compacted>([&](Volume& volume, const std::function<void(Compacted)>& done) {
+        volume.compact(sources, skip_above_permille, max_blocks, done);
+      });
+  control.unlock();
+  if (!answer.ok()) return answer.status;
+  return std::move(*answer->get());
 }
 
 EngineVolume::State EngineVolume::state() const {

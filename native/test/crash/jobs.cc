@@ -132,6 +132,7 @@ void World::bystander() {
     else if (what < 31) grow_volume(one);
     else if (what < 32) close_volume(one);
     else if (what < 33) stop_volume(one);
+    else if (what < 36) compact_volume(one);
     else if (one.outstanding < depth) random_operation(one);
   }
   step();

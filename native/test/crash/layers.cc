@@ -288,6 +288,32 @@ void World::cut_volume(SimVolume& one) {
   });
 }
 
+// Any of the frozen layers, named or not: what each of them shows, and the volume, must stay the same.
+void World::compact_volume(SimVolume& one) {
+  if (one.compacting || one.spec.layers.size() < 2) return;
+  std::vector<LayerSlabs> sources;
+  for (size_t i = 1; i < one.spec.layers.size(); i++) {
+    const uint64_t id = one.spec.layers[i].layer_id;
+    if (random.chance(800)) sources.push_back({id, slabs_of(id)});
+  }
+  const uint32_t permille = random.chance(700) ? 1000 : static_cast<uint32_t>(random.below(1000));
+  const uint64_t most = random.chance(300) ? 1 + random.below(200) : 0;
+  log("compact volume %llu", ull(one.id));
+  one.compacting = true;
+  SimVolume* target = &one;
+  one.volume->compact(sources, permille, most, [this, target](Result<CompactReport> outcome) {
+    target->compacting = false;
+    if (ignoring) return;
+    log("compaction of volume %llu: %s", ull(target->id), code_name(outcome.status.code));
+    const Code code = outcome.status.code;
+    if (outcome.ok()) {
+      result.compacted += outcome->moved_blocks;
+    } else if (code != Code::kBusy && code != Code::kUnavailable && (code != Code::kIo || error_chance == 0)) {
+      fail("compact: " + outcome.status.message);
+    }
+  });
+}
+
 // Of a cut that happened, though its engine did not live to say so. Until this is answered the engine may be making the
 // copies of the frozen pages equal.
 void World::repeat_cut(SimVolume& one) {

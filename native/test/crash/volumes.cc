@@ -56,6 +56,7 @@ VolumeEnvironment World::environment(PageArena* arena) {
 
 void World::open_volume(SimVolume& one) {
   const bool taking_over = one.must_take_over;
+  one.compacting = false;
   const bool cut = resolve_cut(one);
   if (one.cut != nullptr) set_top(one, cut);
   if (one.cut != nullptr && !cut) cut_failed(one);

@@ -404,6 +404,7 @@ void World::change_volumes() {
   else if (rare < 18) stop_volume(one);
   else if (rare < 26) grow_volume(one);
   else if (rare < 56 && max_layers > 1) cut_volume(one);
+  else if (rare < 80 && max_layers > 1) compact_volume(one);
   else if (one.outstanding < depth) random_operation(one);
   else step();
 }
@@ -433,6 +434,7 @@ constexpr Count kCounts[] = {
     {&CrashResult::jobs_cut_off, "strips and wipes cut off"},
     {&CrashResult::wiped_slabs, "slabs wiped"},
     {&CrashResult::unchained, "layers removed from chains"},
+    {&CrashResult::compacted, "blocks compacted"},
     {&CrashResult::emptied, "slabs given back"},
     {&CrashResult::checks, "blocks checked"},
 };

@@ -98,6 +98,7 @@ struct SimVolume {
   uint64_t recorded_blocks = 0;  // nor this size, once somebody has been told of it
   std::unique_ptr<PendingCut> cut;
   bool cutting = false;                // the engine lives that was asked
+  bool compacting = false;             // likewise
   std::optional<LayerSpec> retry;      // the top of a cut that did not happen: the same is asked for again
   std::optional<LayerSpec> repeat;     // the top of a cut that did, though nobody was told: asked for once more
   uint64_t cursor = 0;                 // of its sequential stream
@@ -233,6 +234,7 @@ struct World final : VolumeObserver {
   void snapshot(SimVolume& one);
   Status write_cut(SimVolume& one);
   void cut_volume(SimVolume& one);
+  void compact_volume(SimVolume& one);
   void repeat_cut(SimVolume& one);
   void cut_happened(SimVolume& one, bool answered);
   void cut_failed(SimVolume& one);

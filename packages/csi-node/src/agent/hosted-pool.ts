@@ -47,6 +47,8 @@ export function claimedToWire(slab: Slab): ClaimedSlab {
 }
 
 export class HostedPool {
+  /** Told of slabs before any volume can claim one of them. */
+  readonly aheadWatchers = new Set<(runs: readonly SlabRun[]) => void>();
   readonly native: Pool;
   readonly found: FoundPool | undefined;
   readonly host: HostRef__Output;
@@ -143,6 +145,7 @@ export class HostedPool {
       const got = runs.map(runFromWire);
       if (this.dead || this.#stop.signal.aborted) return; // the service takes them back with the dead generation
       if (countSlabs(got) > 0) {
+        for (const watch of this.aheadWatchers) watch(got);
         this.native.addSlabs(got);
         this.#wanted = 0;
         if (countSlabs(got) < count) this.#logger.info(`Asked for ${count} slabs, got ${countSlabs(got)}`);

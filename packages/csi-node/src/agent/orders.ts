@@ -338,6 +338,18 @@ export class OrderDesk {
         },
       };
     }
+    if (order.compact_volume) {
+      const compact = order.compact_volume;
+      const pool = this.#hostedAs(order, compact.generation);
+      await this.#checkPage(pool, order);
+      // Among the jobs, though it does not touch others' pages: one after the other leaves more of the disk to volumes.
+      const result = await this.#jobs.run(pool.uuid, () =>
+        compact.grant
+          ? this.#volumes.compactClosed(pool, compact, compact.grant)
+          : this.#volumes.compactOpen(compact),
+      );
+      return { compact: result };
+    }
     if (order.wipe_layers) {
       const pool = this.#hostedAs(order, order.wipe_layers.generation);
       await this.#checkPage(pool, order);

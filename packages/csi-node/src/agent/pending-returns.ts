@@ -4,9 +4,12 @@
  *
  * An entry is written before the volume is closed ("closing") and again when it is ("closed"). A "closing" entry found at
  * start means that the agent died in between: it counts only if the record on disk says closed under that epoch.
+ *
+ * A volume that is opened without a device can't be taken over from, so what it has claimed must be found otherwise when
+ * the agent dies: "maintained" entries name every slab that it may have taken. Their pages tell which it did.
  */
 import { readFileSync } from 'node:fs';
-import type { ClaimedSlab } from '@holdfast/proto';
+import type { ClaimedSlab, SlabRun__Output } from '@holdfast/proto';
 import { writeFileDurably } from './durable.ts';
 
 export interface PendingReturn {
@@ -16,11 +19,13 @@ export interface PendingReturn {
   generation: string;
   epoch: string;
   slot: number;
-  state: 'closing' | 'closed';
+  state: 'maintained' | 'closing' | 'closed';
   /** Slabs that the volume claimed and that were not acknowledged yet. */
   claimed: ClaimedSlab[];
   /** Opened without a record on the disk. */
   readOnly?: boolean;
+  /** While maintained: the layer that takes writes, and all slabs ahead that there have been since. */
+  maintained?: { volumeId: string; topLayerId: string; ahead: SlabRun__Output[] };
 }
 
 export class PendingReturns {

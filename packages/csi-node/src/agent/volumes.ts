@@ -6,14 +6,17 @@
  * has let go; then the device is detached and the volume can be opened again under a new grant.
  */
 import { HoldfastError, type Logger } from '@holdfast/common';
-import type { LayerSpec, OpenVolume, SlabRun, VolumeSpec } from '@holdfast/native';
+import type { CompactReport, LayerSpec, OpenVolume, SlabRun, VolumeSpec } from '@holdfast/native';
 import type {
   ClaimedSlab,
+  CompactResult,
+  CompactVolume__Output,
   Grant__Output,
   HeldVolume,
   OpenVolumeInfo,
   OpenVolumeResponse,
   RevokeResult,
+  SlabRun__Output,
   VolumeCut__Output,
   VolumeCutResult,
 } from '@holdfast/proto';
@@ -23,6 +26,7 @@ import {
   layerFromWire,
   messageOf,
   nativeCode,
+  runFromWire,
   slabsOf,
   specFromGrant,
 } from './convert.ts';
@@ -61,6 +65,8 @@ export class Volumes {
   readonly #open = new Map<string, LocalVolume>();
   /** Granted, not open yet: part of what this node holds. */
   readonly #opening = new Map<string, { pool: HostedPool; epoch: bigint }>();
+  /** Open without a device, for as long as it takes to compact them. */
+  readonly #maintained = new Map<string, LocalVolume>();
   /** A grant at or below this epoch was revoked here: its late answer must not open the volume. */
   readonly #revokedEpochs = new Map<string, bigint>();
   readonly #locks = new KeyedLock();
@@ -89,8 +95,9 @@ export class Volumes {
     this.#onFreed = options.onFreed;
   }
 
-  /** Resolves when no operation is under way. */
+  /** Resolves when no operation is under way; what may take long is ended early. */
   idle(): Promise<void> {
+    for (const uuid of this.#maintained.keys()) this.#endMaintenance(uuid);
     return this.#locks.idle();
   }
 
@@ -105,6 +112,12 @@ export class Volumes {
   // ------------------------------------------------------------------------------------------ take-over
 
   #remember(pool: HostedPool, native: OpenVolume, publishId: string | undefined): LocalVolume {
+    const volume = this.#localVolume(pool, native, publishId);
+    this.#open.set(volume.uuid, volume);
+    return volume;
+  }
+
+  #localVolume(pool: HostedPool, native: OpenVolume, publishId: string | undefined): LocalVolume {
     const top = native.spec.layers[0];
     const claimed = new Map<bigint, Slab>();
     // A reader claims nothing, and what it still maps may be somebody else's by now.
@@ -113,7 +126,7 @@ export class Volumes {
         claimed.set(slab, { volumeId: native.spec.volumeId, layerId: top.layerId, slab, generation });
       }
     }
-    const volume: LocalVolume = {
+    return {
       uuid: native.spec.uuid,
       pool,
       native,
@@ -124,8 +137,6 @@ export class Volumes {
       top: top?.layerId ?? 0n,
       claimed,
     };
-    this.#open.set(volume.uuid, volume);
-    return volume;
   }
 
   /** What the engine took over from a dead agent. */
@@ -149,6 +160,14 @@ export class Volumes {
         this.#returns.remove(entry); // still open here, or the generation it was open under is over
         continue;
       }
+      if (entry.state === 'maintained') {
+        await this.#settleMaintained(pool, entry).catch((error: unknown) =>
+          this.#logger.warn(
+            `The slabs that ${entry.volumeUuid} may have claimed cannot be read: ${messageOf(error)}`,
+          ),
+        );
+        continue;
+      }
       if (entry.readOnly === true) {
         // A reader leaves no mark on the disk; not taken over means not open, and its engine's I/O is dead.
         this.#returns.put({ ...entry, state: 'closed' });
@@ -167,7 +186,7 @@ export class Volumes {
   // ------------------------------------------------------------------------------------------ events of the engine
 
   #byVolumeId(pool: HostedPool, volumeId: bigint): LocalVolume | undefined {
-    for (const volume of this.#open.values()) {
+    for (const volume of [...this.#open.values(), ...this.#maintained.values()]) {
       if (volume.pool === pool && volume.native.spec.volumeId === volumeId) return volume;
     }
     return undefined;
@@ -199,13 +218,13 @@ export class Volumes {
 
   held(pool: HostedPool): HeldVolume[] {
     const held: HeldVolume[] = [];
-    for (const volume of this.#open.values()) {
+    for (const volume of [...this.#open.values(), ...this.#maintained.values()]) {
       if (volume.pool !== pool || volume.revoked) continue;
       const claimed: ClaimedSlab[] = [...volume.claimed.values()].map(claimedToWire);
       held.push({ volume_uuid: volume.uuid, epoch: volume.epoch.toString(), claimed });
     }
     for (const [uuid, opening] of this.#opening) {
-      if (opening.pool === pool)
+      if (opening.pool === pool && !this.#maintained.has(uuid))
         held.push({ volume_uuid: uuid, epoch: opening.epoch.toString(), claimed: [] });
     }
     return held;
@@ -399,7 +418,12 @@ export class Volumes {
     });
   }
 
-  #pendingReturn(pool: HostedPool, spec: VolumeSpec, claimed: readonly Slab[]): PendingReturn {
+  #pendingReturn(
+    pool: HostedPool,
+    spec: VolumeSpec,
+    claimed: readonly Slab[],
+    state: PendingReturn['state'] = 'closing',
+  ): PendingReturn {
     return {
       volumeUuid: spec.uuid,
       poolUuid: pool.uuid,
@@ -407,7 +431,7 @@ export class Volumes {
       generation: pool.host.generation,
       epoch: spec.epoch.toString(),
       slot: spec.slot,
-      state: 'closing',
+      state,
       claimed: claimed.map(claimedToWire),
       ...(spec.readOnly ? { readOnly: true } : {}),
     };
@@ -415,7 +439,7 @@ export class Volumes {
 
   /** A grant under which nothing is open and nothing in flight. */
   #giveBack(pool: HostedPool, spec: VolumeSpec): void {
-    this.#returns.put({ ...this.#pendingReturn(pool, spec, []), state: 'closed' });
+    this.#returns.put(this.#pendingReturn(pool, spec, [], 'closed'));
     this.sendReturns();
   }
 
@@ -564,6 +588,7 @@ export class Volumes {
   revoke(pool: HostedPool | undefined, uuid: string, epoch: bigint): Promise<RevokeResult> {
     const already = this.#revokedEpochs.get(uuid) ?? -1n;
     if (epoch > already) this.#revokedEpochs.set(uuid, epoch);
+    if ((this.#maintained.get(uuid)?.epoch ?? epoch + 1n) <= epoch) this.#endMaintenance(uuid);
     return this.#locks.run(`volume ${uuid}`, async () => {
       const volume = this.#open.get(uuid);
       if (volume === undefined) return await this.#revokeUnknown(pool, uuid, epoch);
@@ -591,7 +616,12 @@ export class Volumes {
    * was closed or detached must be known before the answer frees the grant.
    */
   async #revokeUnknown(pool: HostedPool | undefined, uuid: string, epoch: bigint): Promise<RevokeResult> {
-    const entry = this.#returns.list().find((e) => e.volumeUuid === uuid && e.epoch === epoch.toString());
+    const find = (): PendingReturn | undefined =>
+      this.#returns.list().find((e) => e.volumeUuid === uuid && e.epoch === epoch.toString());
+    const unsettled = find();
+    if (unsettled?.state === 'maintained' && pool !== undefined)
+      await this.#settleMaintained(pool, unsettled);
+    const entry = find();
     if (entry !== undefined) return { epoch: epoch.toString(), was_open: true, claimed: entry.claimed };
     if (pool !== undefined && !pool.dead && !(await pool.reported(reportWaitMs))) {
       throw new HoldfastError(
@@ -662,17 +692,7 @@ export class Volumes {
     const uuid = cut.volume_uuid;
     return this.#locks.run(`volume ${uuid}`, async () => {
       const granted = specFromGrant(grant);
-      const local = this.#open.get(uuid);
-      if (local !== undefined && !local.revoked && !local.pool.dead) {
-        throw new HoldfastError(
-          'STALE',
-          `Volume ${uuid} is open here under epoch ${local.epoch}; it can't be cut as a closed one under epoch ${granted.epoch}.`,
-        );
-      }
-      if (granted.epoch <= (this.#revokedEpochs.get(uuid) ?? -1n)) {
-        throw new HoldfastError('STALE', `The grant of volume ${uuid} (epoch ${granted.epoch}) was revoked.`);
-      }
-      if (local !== undefined) await this.#detach(local);
+      await this.#requireClosed(granted);
       const top = topOf(cut);
       const record = await pool.native.readVolumeRecord(granted.slot);
       const isCut = record?.uuid === uuid && record.topLayerId === top.layerId;
@@ -699,6 +719,22 @@ export class Volumes {
         this.#onFreed();
       }
     });
+  }
+
+  /** What a maintenance grant is for. */
+  async #requireClosed(granted: VolumeSpec): Promise<void> {
+    const { uuid, epoch } = granted;
+    const local = this.#open.get(uuid);
+    if (local !== undefined && !local.revoked && !local.pool.dead) {
+      throw new HoldfastError(
+        'STALE',
+        `Volume ${uuid} is open here under epoch ${local.epoch}; nothing can be done to it as a closed one under epoch ${epoch}.`,
+      );
+    }
+    if (epoch <= (this.#revokedEpochs.get(uuid) ?? -1n)) {
+      throw new HoldfastError('STALE', `The grant of volume ${uuid} (epoch ${epoch}) was revoked.`);
+    }
+    if (local !== undefined) await this.#detach(local);
   }
 
   async #cutWithoutDevice(
@@ -729,7 +765,7 @@ export class Volumes {
     } catch (error) {
       this.#logger.warn(
         { volume: native.spec.uuid },
-        `A volume that was opened to be cut could not be closed (${messageOf(error)}); it is revoked.`,
+        `A volume that was opened without a device could not be closed (${messageOf(error)}); it is revoked.`,
       );
     }
     // What can't be closed by force either stays listed as open, so that a fence finds it.
@@ -738,6 +774,138 @@ export class Volumes {
     volume.revoked = true;
     await native.detach();
     this.#open.delete(volume.uuid);
+  }
+
+  /** Not in the volume's turn: a cut, a close and a revocation end it, and must not wait for it. */
+  async compactOpen(order: CompactVolume__Output): Promise<CompactResult> {
+    const volume = this.opened(order.volume_uuid, BigInt(order.epoch));
+    return compactResult(order, await compactNative(volume.native, order));
+  }
+
+  /**
+   * Compacts a volume that nobody has open, as cutClosed() cuts it. The answer returns the grant, so the slabs that were claimed
+   * are in the service's books before it is given.
+   */
+  compactClosed(
+    pool: HostedPool,
+    order: CompactVolume__Output,
+    grant: Grant__Output,
+  ): Promise<CompactResult> {
+    const uuid = order.volume_uuid;
+    return this.#locks.run(`volume ${uuid}`, async () => {
+      const spec = specFromGrant(grant);
+      await this.#requireClosed(spec);
+      const epoch = spec.epoch.toString();
+      if (this.#returns.list().some((entry) => entry.volumeUuid === uuid && entry.epoch === epoch)) {
+        throw new HoldfastError('STALE', `The grant of volume ${uuid} (epoch ${epoch}) is on its way back.`);
+      }
+      const record = await pool.native.readVolumeRecord(spec.slot);
+      if (record?.uuid === uuid && record.epoch === spec.epoch && record.state === 'closed') {
+        // Done under this very grant; only the answer was lost.
+        await this.#requireReported(pool, spec);
+        return { ...compactResult(order, { movedBlocks: 0n, complete: false, noSpace: false }), epoch };
+      }
+      this.#opening.set(uuid, { pool, epoch: spec.epoch });
+      const maintained = this.#watchAhead(pool, spec);
+      try {
+        const result = await this.#compactWithoutDevice(pool, spec, order);
+        await this.#requireReported(pool, spec);
+        this.#logger.info({ volume: uuid, moved: result.moved_blocks }, 'Compacted a closed volume');
+        this.#returns.remove(maintained.entry);
+        return { ...result, epoch };
+      } catch (error) {
+        if (this.#open.get(uuid) === undefined) {
+          this.#returns.put(this.#pendingReturn(pool, spec, pool.unreported(spec.volumeId), 'closed'));
+          pool.forgetClaims(spec.volumeId);
+          this.sendReturns();
+        } else {
+          this.#returns.remove(maintained.entry); // open, answering EIO: its revocation tells
+        }
+        throw error;
+      } finally {
+        maintained.end();
+        this.#opening.delete(uuid);
+        this.#onFreed();
+      }
+    });
+  }
+
+  async #compactWithoutDevice(
+    pool: HostedPool,
+    spec: VolumeSpec,
+    order: CompactVolume__Output,
+  ): Promise<CompactResult> {
+    pool.warmUp();
+    const native = await pool.native.openVolume(spec, { device: false });
+    this.#maintained.set(spec.uuid, this.#localVolume(pool, native, undefined));
+    try {
+      // Revoked, or the agent stops: nothing was begun that could be ended.
+      if (spec.epoch <= (this.#revokedEpochs.get(spec.uuid) ?? -1n)) this.#endMaintenance(spec.uuid);
+      return compactResult(order, await compactNative(native, order));
+    } finally {
+      // Closed first, then no longer listed.
+      await this.#closeWithoutDevice(pool, native).finally(() => this.#maintained.delete(spec.uuid));
+    }
+  }
+
+  /** Closing ends what is under way in the engine; whoever waits for that does the rest. */
+  #endMaintenance(uuid: string): void {
+    this.#maintained
+      .get(uuid)
+      ?.native.close()
+      .catch((error: unknown) => this.#logger.warn({ volume: uuid }, `Not closed yet: ${messageOf(error)}`));
+  }
+
+  async #requireReported(pool: HostedPool, spec: VolumeSpec): Promise<void> {
+    if (await pool.reported(reportWaitMs, spec.volumeId)) return;
+    throw new HoldfastError(
+      'UNAVAILABLE',
+      `Volume ${spec.uuid} was compacted, but the slabs that it claimed are not reported yet. Its grant goes back with them.`,
+    );
+  }
+
+  /** Notes durably which slabs it may claim from now on, for a next life of the agent. */
+  #watchAhead(pool: HostedPool, spec: VolumeSpec): { entry: PendingReturn; end: () => void } {
+    const kept = ({ first, count, generation }: SlabRun): SlabRun__Output => ({
+      first: first.toString(),
+      count,
+      generation: generation.toString(),
+    });
+    const ahead = pool.native.stock().map(kept);
+    const entry: PendingReturn = {
+      ...this.#pendingReturn(pool, spec, [], 'maintained'),
+      maintained: {
+        volumeId: spec.volumeId.toString(),
+        topLayerId: (spec.layers[0]?.layerId ?? 0n).toString(),
+        ahead,
+      },
+    };
+    const watch = (runs: readonly SlabRun[]): void => {
+      ahead.push(...runs.map(kept));
+      this.#returns.put(entry);
+    };
+    this.#returns.put(entry);
+    pool.aheadWatchers.add(watch);
+    return { entry, end: () => pool.aheadWatchers.delete(watch) };
+  }
+
+  /** It was open without a device when an earlier life of this agent died: what it claimed goes back with its grant. */
+  async #settleMaintained(pool: HostedPool, entry: PendingReturn): Promise<void> {
+    if (entry.maintained === undefined) return;
+    const { volumeId, topLayerId, ahead } = entry.maintained;
+    const owners = await pool.native.scanSlabs(ahead.map(runFromWire));
+    const taken = new Map(
+      [...slabsOf(ahead.map(runFromWire))].map(({ slab, generation }) => [slab, generation]),
+    );
+    const claimed = owners
+      .filter(
+        (owner) => owner.layerId.toString() === topLayerId && taken.get(owner.slab) === owner.generation,
+      )
+      .map(({ slab, generation, layerId }) =>
+        claimedToWire({ volumeId: BigInt(volumeId), layerId, slab, generation }),
+      );
+    this.#returns.put({ ...entry, state: 'closed', claimed });
+    this.sendReturns();
   }
 
   /**
@@ -751,6 +919,23 @@ export class Volumes {
       await volume.native.forgetSlabs(slabs);
     });
   }
+}
+
+function compactNative(native: OpenVolume, order: CompactVolume__Output): Promise<CompactReport> {
+  return native.compact(
+    order.sources.map(layerFromWire).map(({ layerId, slabs }) => ({ layerId, slabs })),
+    order.skip_above_permille,
+    BigInt(order.max_blocks),
+  );
+}
+
+function compactResult(order: CompactVolume__Output, report: CompactReport): CompactResult {
+  return {
+    volume_uuid: order.volume_uuid,
+    moved_blocks: report.movedBlocks.toString(),
+    complete: report.complete,
+    no_space: report.noSpace,
+  };
 }
 
 function topOf(cut: VolumeCut__Output): LayerSpec {

@@ -4,9 +4,11 @@
  * real engine use it (packages/cli/test).
  */
 import { randomUUID } from 'node:crypto';
+import { waitFor } from '@holdfast/testing';
 import type {
   Authority,
   ByteRange,
+  CompactReport,
   CutReport,
   Engine,
   EngineEvent,
@@ -87,6 +89,8 @@ export class FakeVolume implements OpenVolume {
   failNextCut = false;
   failNextClose = false;
   readonly forgotten: SlabRun[] = [];
+  readonly compactions: { layers: bigint[]; skipAbovePermille: number; maxBlocks: bigint }[] = [];
+  #endCompaction: (() => void) | undefined;
 
   constructor(pool: FakePool, spec: VolumeSpec, device = true) {
     this.#pool = pool;
@@ -132,6 +136,21 @@ export class FakeVolume implements OpenVolume {
   }
   async forgetSlabs(slabs: SlabRun[]): Promise<void> {
     this.forgotten.push(...slabs);
+  }
+  /** Claims as many slabs as the pool's `compacting` says, and lasts until it is ended if that says so. */
+  async compact(
+    sources: { layerId: bigint; slabs: SlabRun[] }[],
+    skipAbovePermille: number,
+    maxBlocks: bigint,
+  ): Promise<CompactReport> {
+    const { claims, lasts, fails } = this.#pool.compacting;
+    if (claims > 0) await waitFor('slabs ahead', () => (this.#pool.stock().length > 0 ? true : undefined));
+    this.claim(claims);
+    this.compactions.push({ layers: sources.map(({ layerId }) => layerId), skipAbovePermille, maxBlocks });
+    if (lasts) await new Promise<void>((resolve) => (this.#endCompaction = resolve));
+    if (fails) throw failure('IO', 'blocks can not be copied');
+    if (this.state === 'revoked') throw failure('UNAVAILABLE', 'stopped');
+    return { movedBlocks: 77n, complete: !lasts, noSpace: false };
   }
 
   writeLayer(layer: LayerSpec, state: LayerRecord['state'], snapshotName = ''): void {
@@ -188,6 +207,7 @@ export class FakeVolume implements OpenVolume {
     this.size = sizeBytes;
   }
   async close(): Promise<void> {
+    this.#endCompaction?.();
     if (this.busy) throw failure('BUSY', 'mounted');
     if (this.failNextClose) {
       this.failNextClose = false;
@@ -200,6 +220,7 @@ export class FakeVolume implements OpenVolume {
   async revoke(): Promise<void> {
     if (this.state === 'open' && !this.spec.readOnly) this.#record('closed');
     this.state = 'revoked';
+    this.#endCompaction?.();
   }
   async detach(): Promise<void> {
     if (this.busy) throw failure('BUSY', 'mounted');
@@ -233,6 +254,8 @@ export class FakePool implements Pool {
   readonly emit: (event: EngineEvent) => void;
   lease: LeaseState = 'valid';
   failNextOpen = false;
+  /** What compact() does. */
+  compacting = { claims: 0, lasts: false, fails: false };
   /** Of the volume that is opened next. */
   failNextCut = false;
   failNextClose = false;

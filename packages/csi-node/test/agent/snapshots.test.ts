@@ -1,5 +1,6 @@
 /** What the agent does with the orders that snapshots are made of, on an engine in memory. */
 import { randomUUID } from 'node:crypto';
+import { readFileSync, writeFileSync } from 'node:fs';
 import { credentials } from '@grpc/grpc-js';
 import { call, createLogger } from '@holdfast/common';
 import { holdfast, type Grant, type Layer, type NodeAgentClient, type VolumeCut } from '@holdfast/proto';
@@ -446,6 +447,157 @@ describe('snapshot orders', () => {
     await call(api, api.CloseVolume, { volume_uuid: grant.volume_uuid ?? '' });
     expect((await forget('5')).error_code).toBe('');
     expect(volume.forgotten).toHaveLength(1);
+  });
+
+  describe('to compact', () => {
+    const compact = (grant: Grant, over: object = {}, id?: string) =>
+      service.order(
+        {
+          compact_volume: {
+            volume_uuid: grant.volume_uuid ?? '',
+            epoch: grant.epoch ?? '',
+            sources: [
+              layer(10, 0, { frozen: true, slabs: [{ first: '7', count: 2, generation: '3' }] }),
+              layer(9, 0, { frozen: true }),
+            ],
+            skip_above_permille: 500,
+            max_blocks: '4096',
+            ...over,
+          },
+        },
+        id,
+      );
+    const chain = (): Layer[] => [
+      layer(11, 10),
+      layer(10, 9, { frozen: true }),
+      layer(9, 0, { frozen: true }),
+    ];
+    const underWay = (uuid = '') =>
+      waitFor('the compaction', () =>
+        native.pool.volumes().some((v) => v.spec.uuid === uuid && v.compactions.length > 0)
+          ? true
+          : undefined,
+      );
+
+    it('an open volume: the engine is told what it is told, and its answer comes back', async () => {
+      const grant = grantOf(chain());
+      const volume = await open(grant);
+      const result = await compact(grant);
+      expect(result.compact).toEqual({
+        volume_uuid: grant.volume_uuid,
+        moved_blocks: '77',
+        complete: true,
+        no_space: false,
+        epoch: '0',
+      });
+      expect(volume.compactions).toEqual([{ layers: [10n, 9n], skipAbovePermille: 500, maxBlocks: 4096n }]);
+    });
+
+    it('nothing that is open under another epoch, not open, or of another life of the host', async () => {
+      const grant = grantOf(chain());
+      const volume = await open(grant);
+      expect(await compact(grant, { epoch: '4' })).toMatchObject({ error_code: 'STALE' });
+      expect(await compact(grantOf(chain()))).toMatchObject({ error_code: 'UNKNOWN_VOLUME' });
+      expect(await compact(grant, { generation: '7' })).toMatchObject({ error_code: 'STALE' });
+      disk.authority = { store: service.storeId, incarnation: 1n, term: 2n, unclaimed: false };
+      expect(await compact(grant)).toMatchObject({ error_code: 'STALE' });
+      expect(volume.compactions).toEqual([]);
+    });
+
+    it('an open volume without keeping a cut, a revocation or a close waiting', async () => {
+      native.pool.compacting.lasts = true;
+      const one = grantOf([layer(20)]);
+      const volume = await open(one);
+      const running = compact(one);
+      await underWay(one.volume_uuid);
+      expect((await cut([cutOf(one, layer(21, 20))])).error_code).toBe('');
+      expect(
+        (await service.order({ revoke: { volume_uuid: one.volume_uuid ?? '', epoch: '5' } })).error_code,
+      ).toBe('');
+      expect(await running).toMatchObject({ error_code: 'HF_UNAVAILABLE' });
+      expect(volume.state).toBe('revoked');
+    });
+
+    it('a closed volume: opened under the grant without a device, and given back with the answer when its claims are known', async () => {
+      native.pool.compacting.claims = 2;
+      const grant = grantOf(chain());
+      const result = await compact(grant, { epoch: '0', grant });
+      expect(result.compact).toMatchObject({ moved_blocks: '77', complete: true, epoch: '5' });
+      expect(service.reported.map((slab) => slab.layer_id)).toEqual(['11', '11']);
+      expect(disk.records.get(grant.slot ?? 0)).toMatchObject({
+        state: 'closed',
+        epoch: 5n,
+        topLayerId: 11n,
+      });
+      expect(native.pool.volumes()).toEqual([]);
+      expect(service.returned).toEqual([]);
+      // The answer was lost: it is not done again, and nothing is opened under a grant that is over.
+      const again = await compact(grant, { epoch: '0', grant });
+      expect(again.compact).toMatchObject({ moved_blocks: '0', complete: false, epoch: '5' });
+      expect(service.reported).toHaveLength(2);
+    });
+
+    it('a closed volume that fails: the grant goes back by itself, with what was claimed', async () => {
+      native.pool.compacting = { claims: 1, lasts: false, fails: true };
+      const grant = grantOf(chain());
+      expect(await compact(grant, { grant })).toMatchObject({ error_code: 'HF_IO' });
+      await waitFor('the return', () => (service.returned.length === 1 ? true : undefined));
+      const told = [...service.reported, ...(service.returned[0]?.claimed ?? [])];
+      expect(new Set(told.map((slab) => slab.layer_id))).toEqual(new Set(['11']));
+      expect(service.returned[0]).toMatchObject({ volume_uuid: grant.volume_uuid, epoch: '5' });
+      expect(native.pool.volumes()).toEqual([]);
+      expect(disk.records.get(grant.slot ?? 0)).toMatchObject({ state: 'closed', epoch: 5n });
+    });
+
+    it('a closed volume until it is wanted back, which ends it early', async () => {
+      native.pool.compacting = { claims: 1, lasts: true, fails: false };
+      const grant = grantOf(chain());
+      void compact(grant, { grant }, 'early');
+      await underWay(grant.volume_uuid);
+      expect((await heldAfterReconnect())[0]).toMatchObject({ epoch: '5', claimed: [{ layer_id: '11' }] });
+      const revoked = await service.order({ revoke: { volume_uuid: grant.volume_uuid ?? '', epoch: '5' } });
+      expect(revoked.error_code).toBe('UNKNOWN_VOLUME');
+      expect((await compact(grant, { grant }, 'early')).compact).toMatchObject({
+        complete: false,
+        epoch: '5',
+      });
+      expect(service.reported.map((slab) => slab.layer_id)).toEqual(['11']);
+      expect(await compact(grant, { grant })).toMatchObject({ error_code: 'STALE' });
+    });
+
+    it('never opens under a grant that was revoked, nor one that is open here', async () => {
+      const grant = grantOf(chain());
+      await service.order({ revoke: { volume_uuid: grant.volume_uuid ?? '', epoch: '5' } });
+      expect(await compact(grant, { grant })).toMatchObject({ error_code: 'STALE' });
+      const second = grantOf(chain());
+      const volume = await open(second);
+      expect(await compact(second, { grant: { ...second, epoch: '6' } })).toMatchObject({
+        error_code: 'STALE',
+      });
+      expect(volume.compactions).toEqual([]);
+      expect(native.pool.volumes()).toHaveLength(1);
+    });
+
+    it('a closed volume, and the next life of an agent that died meanwhile finds what it had claimed', async () => {
+      native.pool.compacting = { claims: 2, lasts: true, fails: false };
+      const grant = grantOf(chain());
+      void compact(grant, { grant });
+      await underWay(grant.volume_uuid);
+      const file = area.path('node', 'pending-returns.json');
+      const then = readFileSync(file, 'utf8');
+      const claimed = [...disk.owners.values()].filter((owner) => owner.layerId === 11n);
+      expect(claimed).toHaveLength(2);
+      // As after a kill: what the dying agent would have done by itself is undone, but for its claims, which are on the disk.
+      await agent.handOver();
+      writeFileSync(file, then);
+      service.returned.length = 0;
+      await startTheAgent();
+      await waitFor('the return', () => (service.returned.length === 1 ? true : undefined));
+      expect(service.returned[0]).toMatchObject({ volume_uuid: grant.volume_uuid, epoch: '5' });
+      expect(service.returned[0]?.claimed.map((slab) => [slab.slab, slab.layer_id]).sort()).toEqual(
+        claimed.map(({ slab }) => [slab.toString(), '11']).sort(),
+      );
+    });
   });
 
   it('strips, wipes and reads changes as it is told, and answers with what the engine found', async () => {
