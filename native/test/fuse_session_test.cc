@@ -45,6 +45,7 @@ class Sink final : public Volume {
   void release(Done) override {}
   void cut(const LayerSpec&, const SnapshotInfo&, uint64_t, CutDone) override {}
   void forget_slabs(const std::vector<SlabRun>&, Done) override {}
+  void compact(const std::vector<LayerSlabs>&, uint32_t, uint64_t, CompactDone) override {}
   void close(Done) override {}
   void abort(Done) override {}
   VolumeStats stats() const override { return {}; }
