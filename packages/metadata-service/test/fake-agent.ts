@@ -67,6 +67,8 @@ export class FakeDisk {
   readonly pages = new Map<number, SlabPage>();
   /** Layers whose record says that they are deleted. */
   readonly tombstones = new Set<string>();
+  /** Strips leave the parent in a layer's record as it is, whatever the order names. */
+  keepsParents = false;
   /** Names in the records of frozen layers. */
   readonly names = new Map<string, string>();
   /** Lock paths that a process holds. */
@@ -395,7 +397,7 @@ export class FakeAgent {
     const kind = order.order ?? '';
     if (this.mute.has(kind)) return;
     const disk = this.disks.get(order.pool_uuid);
-    const run = this.override.get(kind) ?? ((given: Order__Output) => this.#answer(given, disk));
+    const run = this.override.get(kind) ?? ((given: Order__Output) => this.answer(given, disk));
     const finish = (): void => {
       let answer: Answer;
       try {
@@ -410,7 +412,8 @@ export class FakeAgent {
     else finish();
   }
 
-  #answer(order: Order__Output, disk: FakeDisk | undefined): Answer {
+  /** Carries an order out; for overrides that only look at it first. */
+  answer(order: Order__Output, disk: FakeDisk | undefined): Answer {
     if (disk === undefined) return { error_code: 'UNAVAILABLE', error_message: 'no such pool here' };
     if (order.claim_authority) {
       const mine = {
@@ -639,6 +642,10 @@ function strip(disk: FakeDisk, order: NonNullable<Order__Output['strip_layers']>
   const uses: object[] = [];
   let cleared = 0;
   for (const victim of order.victims) {
+    for (const { layers } of disk.keepsParents ? [] : disk.records.values()) {
+      const record = layers.find((layer) => layer.layer_id === victim.layer_id);
+      if (record !== undefined) record.parent_layer_id = victim.parent_layer_id;
+    }
     const own: number[] = [];
     let live = 0;
     for (const [slab, page] of pagesOf(disk, victim)) {
@@ -715,7 +722,7 @@ function readRecord(
     name: record.name,
     size_bytes: record.sizeBytes,
     parameters_json: '{}',
-    layers: record.layers,
+    layers: record.layers.filter((layer) => !disk.tombstones.has(layer.layer_id)),
   };
 }
 

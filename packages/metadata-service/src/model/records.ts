@@ -200,6 +200,8 @@ export type LayerRecord = {
   kept: boolean;
   /** What its record on the disk may name as its parent: not changed when that one is removed from the chain. */
   diskParentId: bigint;
+  /** What it may name instead, since an order to change that was given; absent: none was. */
+  diskParentNext?: bigint;
   /** Records on the disk, tombstones too, that may name it as their parent: its slot is kept for as long. */
   diskChildren: number;
   /** Of the last strip: blocks that still count; -1: nobody counted. */
@@ -222,6 +224,8 @@ export type RemovalRecord = {
   waiting: GrantRef[];
   /** The tombstone is on the disk. */
   wiped: boolean;
+  /** The layer that was right above it. */
+  aboveId?: bigint;
 };
 
 /** A name for a frozen layer. */

@@ -43,6 +43,7 @@ export async function simulate(seed: number, fencing: SimClass): Promise<Outcome
   every(world, 20_000, 0, () => {
     checks.checkSlabs();
     checks.checkSnapshots();
+    checks.checkChains();
   });
 
   await world.clock.run(stormMs, () => checks.afterStep());
@@ -57,6 +58,7 @@ export async function simulate(seed: number, fencing: SimClass): Promise<Outcome
   if (!snapshots.done) world.violated(`the snapshots did not come to an end: ${snapshots.doing}`);
   checks.checkSlabs();
   checks.checkSnapshots();
+  checks.checkChains();
   checks.checkSettled();
   await world.stopService();
   return {

@@ -27,11 +27,13 @@ import { VirtualClock } from './clock.ts';
 import {
   blocksPerSlab,
   blocksPerVolume,
+  chainOnDisk,
   contentOf,
   difference,
   openFrom,
   pagesOf,
   type Content,
+  type LayerOnDisk,
   type OpenVolume,
   type Page,
   type RecordOnDisk,
@@ -54,6 +56,7 @@ export class SimDisk {
   readonly heartbeats = new Map<number, { state: string; generation: bigint; sequence: bigint }>();
   readonly fenced = new Set<string>();
   readonly records = new Map<string, RecordOnDisk>();
+  readonly layers = new Map<number, LayerOnDisk>();
   readonly pages = new Map<number, Page>();
   readonly data = new Map<number, Map<number, number>>();
   /** Who holds a lock path: engines whose process or I/O lives. */
@@ -585,6 +588,14 @@ export class SimNode {
         `${this.nodeId} opens ${uuid} under ${epoch}: the grant names layer ${top}, the record ${record.top}`,
       );
     }
+    const { slot = 0, parent_layer_id } = grant.layers?.[0] ?? {};
+    if (record === undefined) {
+      world.disk.layers.set(slot, {
+        layerId: top,
+        parentId: BigInt(String(parent_layer_id)),
+        deleted: false,
+      });
+    }
     world.disk.records.set(uuid, {
       volumeId: String(grant.volume_id),
       slot: grant.slot ?? 0,
@@ -913,7 +924,11 @@ export class SimNode {
           state: record.state,
           epoch: record.epoch.toString(),
           top_layer_id: record.top.toString(),
-          layers: [],
+          layers: chainOnDisk(disk.layers, record.top).map(({ layerId, parentId }) => ({
+            layer_id: layerId.toString(),
+            parent_layer_id: parentId.toString(),
+            size_bytes: String(1 << 30),
+          })),
         },
       };
     }
@@ -1013,7 +1028,7 @@ export class SimNode {
       while (volume.inFlight > 0) await clock.sleep(10);
       await clock.sleep(this.world.rng.below(50));
       const failed = !usable() || expired();
-      if (!failed && !isDone(one)) this.#commit(volume, BigInt(String(one.top?.layer_id)));
+      if (!failed && !isDone(one)) this.#commit(volume, one.top ?? {});
       if (!this.#holds.has(cutId) || this.world.rng.chance(0.5)) volume.held = false;
       if (failed) return { error_code: 'HF_HOLD_EXPIRED', error_message: 'not any more.' };
       if (one.grant) {
@@ -1035,8 +1050,13 @@ export class SimNode {
   }
 
   /** The volume record that names the new top: from now on the old one is frozen. */
-  #commit(volume: OpenVolume, top: bigint): void {
+  #commit(volume: OpenVolume, layer: Layer): void {
     const { world } = this;
+    const top = BigInt(String(layer.layer_id));
+    const { layerId, parentId, layerSlot } = volume;
+    world.disk.layers.set(layerSlot, { layerId, parentId, deleted: false });
+    world.disk.layers.set(layer.slot ?? 0, { layerId: top, parentId: layerId, deleted: false });
+    Object.assign(volume, { parentId: layerId, layerSlot: layer.slot ?? 0 });
     const record = world.disk.records.get(volume.uuid) as RecordOnDisk;
     world.cuts += 1;
     world.frozen.set(volume.layerId, new Map(world.contents.get(volume.uuid)));
@@ -1079,7 +1099,10 @@ export class SimNode {
           strip: await this.#strip(engine, order.strip_layers.victims ?? [], order.strip_layers.covers ?? []),
         };
       }
-      await this.#wipe(engine, order.wipe_layers?.layers ?? order.wipe_volume?.layers ?? []);
+      const layers = order.wipe_layers?.layers ?? order.wipe_volume?.layers ?? [];
+      await this.#wipe(engine, layers);
+      if (order.wipe_layers?.tombstone !== false)
+        for (const layer of layers) this.#changeRecord(layer, { deleted: true });
       if (order.wipe_volume) this.#deleteRecord(order.wipe_volume);
       return {};
     } catch (error) {
@@ -1100,7 +1123,9 @@ export class SimNode {
     );
     const emptied: object[] = [];
     let cleared = 0;
+    await this.#mayGoOn(engine);
     for (const victim of victims) {
+      this.#changeRecord(victim, { parentId: BigInt(String(victim.parent_layer_id)) });
       const mine = pagesOf(disk, victim);
       const blocks = mine.flatMap(([, page]) => [...page.blocks]);
       for (const [slab, page] of mine) {
@@ -1125,6 +1150,12 @@ export class SimNode {
       for (const block of blocks) covered.add(block);
     }
     return { emptied, cleared_blocks: String(cleared), uses: [] };
+  }
+
+  /** If the slot still has the record of this layer. */
+  #changeRecord(layer: Layer, change: Partial<LayerOnDisk>): void {
+    const record = this.world.disk.layers.get(layer.slot ?? 0);
+    if (record?.layerId === BigInt(String(layer.layer_id))) Object.assign(record, change);
   }
 
   async #wipe(engine: Engine, layers: readonly Layer[]): Promise<void> {
