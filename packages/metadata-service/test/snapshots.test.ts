@@ -526,7 +526,7 @@ describe('the record slots of removed layers', () => {
     await c.unpublish(uuid, agent);
     for (let n = 0; n < times; n++) {
       const snapshot = await c.snapshot(`snap-${n}`, uuid).catch((error: { code: string }) => {
-        expect(error.code).toBe('TOO_MANY');
+        if (error.code !== 'TOO_MANY') throw error;
       });
       if (!snapshot) return n;
       await c.rpc('DeleteSnapshot', { uuid: snapshot.uuid });

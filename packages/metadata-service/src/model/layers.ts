@@ -160,6 +160,7 @@ export function removeFromChain(d: Decision, poolUuid: string, layerId: bigint):
   const removed = { waiting, wiped: false, aboveId: childId };
   tables.layer.put(d.tx, { ...layer, children: 0, removed }, poolUuid, layerId);
   tables.fold.delete(d.tx, poolUuid, layerId);
+  tables.compacted.delete(d.tx, poolUuid, layerId);
   useChanged(d, poolUuid, layerId);
   audit(d, 'unchained', {
     poolUuid,
@@ -179,6 +180,7 @@ export function layerGone(d: Decision, pool: PoolRecord, layerId: bigint): void 
     useChanged(d, pool.uuid, parent.layerId);
   }
   tables.fold.delete(d.tx, pool.uuid, layerId);
+  tables.compacted.delete(d.tx, pool.uuid, layerId);
   tables.layer.put(d.tx, { ...layer, removed: { waiting: [], wiped: true } }, pool.uuid, layerId);
   tables.reclaim.delete(d.tx, pool.uuid, layerId);
   forgetTombstone(d, pool, layerId);

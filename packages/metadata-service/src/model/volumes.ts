@@ -2,11 +2,12 @@
 import { HoldfastError, volumeParameterKeys, type VolumeContext } from '@holdfast/common';
 import type { Snapshot } from '../store/store.ts';
 import { audit, mayDecide, requireAuthority, requirePool, type Decision } from './decision.ts';
-import { requireReady, requireVolume } from './grants.ts';
+import { maintained, requireReady, requireVolume } from './grants.ts';
 import { isMaintenance } from './grant.ts';
 import { attach, layerGone, livingFrom, makeLayer, requireLayer, unused } from './layers.ts';
 import { markSlot, takeSlot } from './pools.ts';
 import { tables, type LayerRecord, type PoolRecord, type SlabRun, type VolumeRecord } from './records.ts';
+import { compactionOf } from './segments.ts';
 import { addToLayer, freeFromLayer, reserveFree, slabsOf } from './slabs.ts';
 import { countSlabs } from './runs.ts';
 
@@ -297,7 +298,7 @@ function isRoomier(a: PoolRecord, b: PoolRecord): boolean {
   return freeA !== freeB ? freeA > freeB : a.provisionedBytes < b.provisionedBytes;
 }
 
-/** Deleting is durable when this commits. Returns true when slabs wait to be wiped. */
+/** Deleting is durable when this commits. Returns true when slabs wait to be wiped. @throws MustWait while it is being compacted */
 export function deleteVolume(d: Decision, uuid: string): boolean {
   const volume = tables.volume.get(d.tx, uuid);
   if (volume === undefined || volume.state === 'DELETING') return false;
@@ -308,6 +309,7 @@ export function deleteVolume(d: Decision, uuid: string): boolean {
       `Volume ${volume.name} is published to ${publication.nodeId}. Unpublish it first.`,
     );
   }
+  if (compactionOf(d.tx, volume) !== undefined && isMaintenance(volume.grant)) throw maintained(d.tx, volume);
   if (tables.cutting.get(d.tx, volume.poolUuid, uuid) !== undefined || isMaintenance(volume.grant)) {
     throw new HoldfastError(
       'OPERATION_PENDING',

@@ -1,5 +1,6 @@
 /** Carries out what model/reclaim.ts decides: strips, the forgetting and wiping of slabs, the wiping of layers. */
 import { requirePool } from '../model/decision.ts';
+import type { CompactionPolicy } from '../model/compaction.ts';
 import {
   beginStrip,
   layerWiped,
@@ -250,9 +251,9 @@ export async function wipeLayer(
 }
 
 /** Layers without slabs leave their chains: that needs nobody's help. */
-export async function removeLayers(core: Core, poolUuid: string): Promise<void> {
+export async function removeLayers(core: Core, poolUuid: string, policy: CompactionPolicy): Promise<void> {
   await core.decide((d) => {
-    for (const work of reclaimable(d, poolUuid, d.nowUnixMs)) {
+    for (const work of reclaimable(d, poolUuid, d.nowUnixMs, policy)) {
       if (work.type === 'remove') removeFromChain(d, poolUuid, work.layerId);
     }
   });

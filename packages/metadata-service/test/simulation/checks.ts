@@ -218,6 +218,7 @@ export class Checks {
       const rest = {
         cuts: tables.cutting.list(tx).length,
         groups: tables.grouping.entries(tx).length,
+        compacting: tables.compacting.list(tx).length,
         leaving: tables.leaving.list(tx).length,
         deleting: tables.deleting.entries(tx).length,
         revoking: tables.revoking.entries(tx).length,

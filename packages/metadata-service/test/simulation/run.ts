@@ -6,6 +6,8 @@ import { poolUuid, World, type SimClass, type SimNode } from './world.ts';
 
 const stormMs = 8 * 60_000;
 const quietMs = 6 * 60_000;
+/** Nothing changes any more for as long as this: then nothing is moved either. */
+const stillMs = 60_000;
 const volumes = 5;
 
 export interface Outcome {
@@ -21,6 +23,8 @@ export interface Outcome {
   forgotten: number;
   slabsWiped: number;
   reads: number;
+  moved: number;
+  maintained: number;
   snapshotsRead: number;
   groupsRead: number;
 }
@@ -60,6 +64,11 @@ export async function simulate(seed: number, fencing: SimClass): Promise<Outcome
   checks.checkSnapshots();
   checks.checkChains();
   checks.checkSettled();
+  if (world.lastCompactionMs > stormMs + quietMs - stillMs) {
+    world.violated(
+      `a compaction was ordered at ${Math.round(world.lastCompactionMs)} ms, and nobody uses a volume any more`,
+    );
+  }
   await world.stopService();
   return {
     violations: world.violations,
@@ -73,6 +82,8 @@ export async function simulate(seed: number, fencing: SimClass): Promise<Outcome
     forgotten: world.forgotten,
     slabsWiped: world.slabsWiped,
     reads: world.reads,
+    moved: world.moved,
+    maintained: world.maintained,
     snapshotsRead: checks.snapshotsRead,
     groupsRead: checks.groupsRead,
   };

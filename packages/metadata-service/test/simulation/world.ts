@@ -9,6 +9,7 @@ import { Metadata, type ServerDuplexStream, type handleUnaryCall } from '@grpc/g
 import { createLogger, fromServiceError, HoldfastError, type Logger } from '@holdfast/common';
 import type {
   AgentMessage__Output,
+  CompactVolume,
   CutVolumes,
   Grant,
   HostRef,
@@ -45,6 +46,7 @@ export const renewMs = 2000;
 export const drainMs = 1000;
 export const slabCount = 640;
 export const stripIntervalMs = 5000;
+export const compactIntervalMs = 5000;
 export const poolUuid = '00000000-0000-4000-8000-00000000000a';
 
 type SessionHandler = (stream: ServerDuplexStream<AgentMessage__Output, ServiceMessage>) => void;
@@ -120,6 +122,10 @@ export class World {
   forgotten = 0;
   slabsWiped = 0;
   reads = 0;
+  /** Blocks that compactions moved, orders to compact a closed volume, and when the last order came. */
+  moved = 0;
+  maintained = 0;
+  lastCompactionMs = 0;
   #handlers: Record<string, handleUnaryCall<object, object>> = {};
   #session: SessionHandler | undefined;
   #operations: Operations | undefined;
@@ -149,7 +155,7 @@ export class World {
       newId: () => this.id(),
     });
     const sessions = new Sessions(core);
-    const operations = new Operations(core, sessions, { stripIntervalMs });
+    const operations = new Operations(core, sessions, { stripIntervalMs, compactIntervalMs });
     const agents = new AgentsApi(core, sessions).handlers();
     this.#session = agents.Session;
     this.#handlers = { ...new MetadataApi(core, sessions, operations).handlers(), ...agents } as never;
@@ -464,7 +470,7 @@ export class SimNode {
     for (const uuid of engine.volumes.keys()) {
       if (!this.wanted.has(uuid)) this.#once(`volume ${uuid}`, () => this.#close(engine, uuid));
     }
-    if (engine.volumes.size > 0 && engine.stock.length < 3) this.#once('slabs', () => this.#allocate(engine));
+    if (engine.stock.length < 3) this.#once('slabs', () => this.#allocate(engine));
     this.#once('reports', () => this.#report(engine));
   }
 
@@ -938,6 +944,7 @@ export class SimNode {
       return {};
     }
     if (order.cut_volumes) return await this.#cut(engine, order.cut_volumes);
+    if (order.compact_volume) return await this.#compact(engine, order.compact_volume);
     if (order.forget_slabs) {
       const slabs = (order.forget_slabs.slabs ?? []).flatMap((run) =>
         Array.from({ length: run.count ?? 0 }, (_, n) => Number(run.first) + n),
@@ -1073,6 +1080,104 @@ export class SimNode {
     volume.layerId = top;
   }
 
+  // ---------------------------------------------------------------------------------------------- compaction
+
+  /** Moves some of what the sources answer for; a slab in five is one that the rule leaves alone. */
+  async #compact(engine: Engine, order: CompactVolume): Promise<Partial<OrderResult>> {
+    const { world } = this;
+    const { disk, clock, rng } = world;
+    const uuid = order.volume_uuid ?? '';
+    const epoch = BigInt(String(order.epoch));
+    if (String(order.generation) !== engine.generation.toString())
+      return { error_code: 'STALE', error_message: 'another life was meant.' };
+    world.lastCompactionMs = clock.monotonicMs();
+    if (order.grant && !engine.volumes.has(uuid)) {
+      if ((this.#revoked.get(uuid) ?? -1n) >= epoch || !this.#claimRecord(order.grant))
+        return { error_code: 'STALE', error_message: 'a newer epoch is known.' };
+      engine.volumes.set(uuid, this.#opened(order.grant, false));
+      world.maintained += 1;
+    }
+    const volume = engine.volumes.get(uuid);
+    const usable = (): boolean =>
+      volume?.epoch === epoch &&
+      volume.open &&
+      engine.volumes.get(uuid) === volume &&
+      engine.canSubmit(clock.monotonicMs());
+    if (volume === undefined || !usable())
+      return { error_code: 'UNKNOWN_VOLUME', error_message: 'not open here.' };
+    let complete = true;
+    let noSpace = false;
+    let moved = 0;
+    const most = 1 + rng.below(6);
+    for (const [slab, page] of (order.sources ?? []).flatMap((layer) => pagesOf(disk, layer))) {
+      for (const block of slab % 5 === 0 ? [] : page.blocks) {
+        if (volume.map.get(block) !== slab) continue;
+        const place = moved < most && !volume.held && !volume.busy.has(block) && usable();
+        if (!place) complete = false;
+        else if (await this.#move(engine, volume, block, slab)) moved += 1;
+        else noSpace = true;
+      }
+    }
+    if (!usable()) return { error_code: 'HF_IO', error_message: 'not any more.' };
+    if (order.grant) {
+      const claimed = volume.unreported.map((one) => claim(volume.volumeId, one));
+      if (claimed.length > 0) await world.repeated('ReportSlabs', { host: engine.host, claimed }, usable);
+      volume.unreported = [];
+      if (!usable()) return { error_code: 'HF_IO', error_message: 'it cannot be closed.' };
+      this.#closeRecord(volume);
+      engine.volumes.delete(uuid);
+    }
+    return {
+      compact: {
+        volume_uuid: uuid,
+        moved_blocks: String(moved),
+        complete: complete && !noSpace,
+        no_space: noSpace,
+        epoch: epoch.toString(),
+      },
+    };
+  }
+
+  /** Reads a block and writes it to the top, as one I/O that cuts and revocations wait for. False: there is no room. */
+  async #move(engine: Engine, volume: OpenVolume, block: number, slab: number): Promise<boolean> {
+    const { world } = this;
+    const { disk } = world;
+    const target = this.#place(engine, volume, block);
+    if (target === undefined) return false;
+    const { layerId } = volume;
+    const { generation } = volume.own.get(target) as { generation: bigint };
+    volume.busy.add(block);
+    volume.inFlight += 1;
+    await this.#land(engine, 100, () => {
+      const version = disk.data.get(slab)?.get(block);
+      if (version === undefined) {
+        world.violated(
+          `${this.nodeId} compacts block ${block} of ${volume.uuid} out of slab ${slab}, which is wiped`,
+        );
+        return;
+      }
+      world.checkWrite(engine, volume);
+      const before = disk.pages.get(target);
+      const page = before ?? { layerId, generation, blocks: new Set<number>() };
+      if (page.layerId !== layerId || page.generation !== generation) {
+        world.violated(`slab ${target} is written for layer ${layerId} while layer ${page.layerId} has it`);
+        return;
+      }
+      if (before === undefined) {
+        disk.pages.set(target, page);
+        disk.data.set(target, new Map());
+        volume.unreported.push({ slab: target, generation, layerId });
+      }
+      page.blocks.add(block);
+      disk.data.get(target)?.set(block, version);
+      volume.map.set(block, target);
+      world.moved += 1;
+    });
+    volume.busy.delete(block);
+    volume.inFlight -= 1;
+    return true;
+  }
+
   #forget(engine: Engine, uuid: string, epoch: string, slabs: readonly number[]): Partial<OrderResult> {
     const volume = engine.volumes.get(uuid);
     if (volume?.epoch.toString() !== epoch || !volume.open)
@@ -1122,6 +1227,7 @@ export class SimNode {
       covers.flatMap((layer) => pagesOf(disk, layer).flatMap(([, page]) => [...page.blocks])),
     );
     const emptied: object[] = [];
+    const uses: object[] = [];
     let cleared = 0;
     await this.#mayGoOn(engine);
     for (const victim of victims) {
@@ -1148,8 +1254,10 @@ export class SimNode {
         }
       }
       for (const block of blocks) covered.add(block);
+      const live = mine.reduce((sum, [, page]) => sum + page.blocks.size, 0);
+      uses.push({ layer_id: String(victim.layer_id), live_blocks: String(live), slabs: '0' });
     }
-    return { emptied, cleared_blocks: String(cleared), uses: [] };
+    return { emptied, cleared_blocks: String(cleared), uses };
   }
 
   /** If the slot still has the record of this layer. */
