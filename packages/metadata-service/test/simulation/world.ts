@@ -122,10 +122,10 @@ export class World {
   forgotten = 0;
   slabsWiped = 0;
   reads = 0;
-  /** Blocks that compactions moved, orders to compact a closed volume, and when the last order came. */
+  /** Blocks that compactions moved, orders to compact a closed volume, and when orders came. */
   moved = 0;
   maintained = 0;
-  lastCompactionMs = 0;
+  readonly compactionsMs: number[] = [];
   #handlers: Record<string, handleUnaryCall<object, object>> = {};
   #session: SessionHandler | undefined;
   #operations: Operations | undefined;
@@ -1090,7 +1090,7 @@ export class SimNode {
     const epoch = BigInt(String(order.epoch));
     if (String(order.generation) !== engine.generation.toString())
       return { error_code: 'STALE', error_message: 'another life was meant.' };
-    world.lastCompactionMs = clock.monotonicMs();
+    world.compactionsMs.push(clock.monotonicMs());
     if (order.grant && !engine.volumes.has(uuid)) {
       if ((this.#revoked.get(uuid) ?? -1n) >= epoch || !this.#claimRecord(order.grant))
         return { error_code: 'STALE', error_message: 'a newer epoch is known.' };
