@@ -200,7 +200,8 @@ describe('of a closed volume', () => {
     const count = orders().filter((order) => order.compact_volume?.grant).length;
     await nothingBelow(uuid, 'the rest is done by the writer');
     expect(orders().filter((order) => order.compact_volume?.grant)).toHaveLength(count);
-    expect(orders().at(-1)?.compact_volume).toMatchObject({ epoch: grant.epoch, grant: null });
+    const written = orders().filter((order) => order.compact_volume?.epoch === grant.epoch);
+    expect(written.map((order) => order.compact_volume?.grant)).toContain(null);
     expect(await topBlocks(uuid)).toEqual([1, 2, 3]);
   });
 

@@ -21,7 +21,7 @@ import { jobEnded } from '../model/reclaim.ts';
 import { tables, type CompactingRecord, type PoolRecord } from '../model/records.ts';
 import { slabsOf } from '../model/slabs.ts';
 import type { Core } from './core.ts';
-import { isLive, liveHosts } from './helpers.ts';
+import { isLive, liveHosts, requireOurs } from './helpers.ts';
 import { runJob } from './jobs.ts';
 import { OrderFailed, type Sessions } from './sessions.ts';
 import { grantToWire, layerToWire } from './wire.ts';
@@ -48,6 +48,8 @@ export async function compact(
     core.read((tx) => tables.compacting.get(tx, poolUuid, newestId)) ??
     (await begin(core, sessions, poolUuid, newestId, policy));
   if (pool === undefined || record === undefined) return;
+  // After a restart agents come back before anybody is asked, or asked to let go.
+  requireOurs(core, pool);
   const what = `compaction of layer ${newestId} under epoch ${record.epoch}`;
   const fail = async (why: string): Promise<void> => {
     core.logger.warn({ pool: poolUuid, volume: record.volumeUuid }, `A compaction failed: ${why}`);
