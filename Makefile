@@ -36,7 +36,7 @@ sanitize: build ## Native tests under ASan, UBSan and TSan; the addon's tests un
 	@tools/setup-tests.sh
 	@node tools/test.mjs sanitize
 
-faults: build ## Long fault tests: 20 node kills, 20 agent kills under fio verify, a frozen engine
+faults: build ## Long fault tests: 20 node kills, 20 agent kills under fio verify, a frozen engine, snapshots under load, compaction
 	@HOLDFAST_LONG=1 node tools/test.mjs faults
 
 bench: build ## fio side by side with the raw disk and qemu-storage-daemon, control plane, memory

@@ -15,6 +15,8 @@ interface Flags {
   backupInterval: string;
   overcommitLimit: string;
   stripInterval: string;
+  compactInterval: string;
+  compactBelow: string;
 }
 
 const program = new Command('holdfast-metadata-service')
@@ -36,6 +38,16 @@ const program = new Command('holdfast-metadata-service')
     '--strip-interval <seconds>',
     'shortest time between two looks at what deleted snapshots of a volume in use leave behind',
     '30',
+  )
+  .option(
+    '--compact-interval <seconds>',
+    'shortest time between two compactions of what deleted snapshots of one volume leave behind',
+    '30',
+  )
+  .option(
+    '--compact-below <share>',
+    'compact where less than this share of the space of deleted snapshots is still needed; 0: never',
+    '0.75',
   );
 
 function tlsFiles({ tlsCa, tlsCert, tlsKey }: Flags): TlsFiles | undefined {
@@ -60,6 +72,12 @@ async function main(): Promise<void> {
   const stripSeconds = Number(flags.stripInterval);
   if (!(stripSeconds >= 1) || !Number.isFinite(stripSeconds))
     program.error('error: --strip-interval takes a number of seconds, at least 1');
+  const compactSeconds = Number(flags.compactInterval);
+  if (!(compactSeconds >= 1) || !Number.isFinite(compactSeconds))
+    program.error('error: --compact-interval takes a number of seconds, at least 1');
+  const compactBelow = Number(flags.compactBelow);
+  if (!(compactBelow >= 0 && compactBelow <= 1) || flags.compactBelow === '')
+    program.error('error: --compact-below takes a share from 0 (never) to 1, such as 0.75');
   const logger = createLogger('metadata-service');
   const service = await startMetadataService({
     listen: flags.listen,
@@ -67,6 +85,8 @@ async function main(): Promise<void> {
     logger,
     overcommitLimit,
     stripIntervalMs: stripSeconds * 1000,
+    compactIntervalMs: compactSeconds * 1000,
+    compactBelow,
     ...(flags.http === undefined ? {} : { http: flags.http }),
     ...(tls === undefined ? {} : { tls }),
   });

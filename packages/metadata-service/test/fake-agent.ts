@@ -8,6 +8,7 @@ import { call } from '@holdfast/common';
 import {
   holdfast,
   type AgentMessage,
+  type CompactVolume__Output,
   type FencingClass,
   type Grant__Output,
   type HostRef__Output,
@@ -67,6 +68,8 @@ export class FakeDisk {
   readonly pages = new Map<number, SlabPage>();
   /** Layers whose record says that they are deleted. */
   readonly tombstones = new Set<string>();
+  /** Strips leave the parent in a layer's record as it is, whatever the order names. */
+  keepsParents = false;
   /** Names in the records of frozen layers. */
   readonly names = new Map<string, string>();
   /** Lock paths that a process holds. */
@@ -110,6 +113,10 @@ export class FakeAgent {
   readonly override = new Map<string, (order: Order__Output) => Answer>();
   /** What is held for a group, until it is cut or released. */
   held: { cutId: string; volumes: string[] } | undefined;
+  /** Blocks that a compaction moves before it answers; 0: none, and says that it is complete. */
+  moveAtMost = Infinity;
+  /** How long that takes. */
+  compactingMs = 0;
   /** Slabs that a holder here was told to forget. */
   readonly forgotten: number[] = [];
   /** The newest epoch of each volume that was revoked here: nothing older is opened any more. */
@@ -395,7 +402,7 @@ export class FakeAgent {
     const kind = order.order ?? '';
     if (this.mute.has(kind)) return;
     const disk = this.disks.get(order.pool_uuid);
-    const run = this.override.get(kind) ?? ((given: Order__Output) => this.#answer(given, disk));
+    const run = this.override.get(kind) ?? ((given: Order__Output) => this.answer(given, disk));
     const finish = (): void => {
       let answer: Answer;
       try {
@@ -407,10 +414,56 @@ export class FakeAgent {
       this.send({ order_result: { order_id: order.order_id, ...answer } });
     };
     if (order.claim_authority) setTimeout(finish, Number(order.claim_authority.wait_ms));
-    else finish();
+    else if (order.compact_volume && !this.override.has(kind)) {
+      const { compact_volume } = order;
+      void this.#compact(disk, compact_volume).then((answer) => {
+        if (!this.loseAnswers.has(kind)) this.send({ order_result: { order_id: order.order_id, ...answer } });
+      });
+    } else finish();
   }
 
-  #answer(order: Order__Output, disk: FakeDisk | undefined): Answer {
+  /** Copies what no newer layer has into a new slab of the top, which is reported before the answer. */
+  async #compact(disk: FakeDisk | undefined, order: CompactVolume__Output): Promise<Answer> {
+    const { grant, volume_uuid: uuid } = order;
+    if (disk === undefined) return { error_code: 'UNAVAILABLE', error_message: 'no such pool here' };
+    const other = this.#ofThisLife(disk, order);
+    if (other !== undefined) return other;
+    const record = disk.records.get(uuid);
+    if (grant) {
+      const newer =
+        (this.#revoked.get(uuid) ?? 0n) >= BigInt(grant.epoch) ||
+        (record?.epoch ?? 0n) >= BigInt(grant.epoch);
+      if (newer) return { error_code: 'STALE', error_message: 'a newer epoch is known' };
+      const chain = grant.layers.map((layer) => ({ ...layer, slabs: undefined }));
+      disk.records.set(uuid, recordOf(grant, this.hosts.get(disk.uuid), record?.layers ?? chain, 'closed'));
+    }
+    const open = grant ?? this.open.get(uuid);
+    if (open?.epoch !== order.epoch) return { error_code: 'UNKNOWN_VOLUME', error_message: 'not open here' };
+    const top = BigInt(open.layers[0]?.layer_id ?? 0);
+    const covered = new Set(
+      [...disk.pages.values()].flatMap((page) => (page.layerId === top ? [...(page.blocks ?? [])] : [])),
+    );
+    const movable: number[] = [];
+    for (const block of order.sources.flatMap((layer) =>
+      pagesOf(disk, layer).flatMap(([, page]) => [...(page.blocks ?? [])]),
+    )) {
+      if (!covered.has(block)) movable.push(block);
+      covered.add(block);
+    }
+    const moved = movable.slice(0, this.moveAtMost);
+    if (moved.length > 0) {
+      const hasRoom = (this.stock.get(disk.uuid) ?? []).some((run) => run.count > 0);
+      const runs = hasRoom ? [1] : await this.allocate(disk, 1);
+      if (runs.length === 0) return { compact: compactResult(order, 0, false, true) };
+      await this.ask('ReportSlabs', disk, { claimed: [this.claim(disk, open, moved)] });
+    }
+    await new Promise((resolve) => setTimeout(resolve, this.compactingMs));
+    const complete = moved.length === movable.length || this.moveAtMost === 0;
+    return { compact: compactResult(order, moved.length, complete, false) };
+  }
+
+  /** Carries an order out; for overrides that only look at it first. */
+  answer(order: Order__Output, disk: FakeDisk | undefined): Answer {
     if (disk === undefined) return { error_code: 'UNAVAILABLE', error_message: 'no such pool here' };
     if (order.claim_authority) {
       const mine = {
@@ -583,6 +636,7 @@ const orderKinds = [
   'forget_slabs',
   'strip_layers',
   'wipe_layers',
+  'compact_volume',
 ];
 
 function recordOf(
@@ -603,6 +657,15 @@ function recordOf(
     slot: grant.slot,
     layers,
   };
+}
+
+function compactResult(
+  { volume_uuid, epoch }: CompactVolume__Output,
+  moved: number,
+  complete: boolean,
+  noSpace: boolean,
+): NonNullable<OrderResult['compact']> {
+  return { volume_uuid, epoch, moved_blocks: String(moved), complete, no_space: noSpace };
 }
 
 function claimsOfLayer(
@@ -639,6 +702,10 @@ function strip(disk: FakeDisk, order: NonNullable<Order__Output['strip_layers']>
   const uses: object[] = [];
   let cleared = 0;
   for (const victim of order.victims) {
+    for (const { layers } of disk.keepsParents ? [] : disk.records.values()) {
+      const record = layers.find((layer) => layer.layer_id === victim.layer_id);
+      if (record !== undefined) record.parent_layer_id = victim.parent_layer_id;
+    }
     const own: number[] = [];
     let live = 0;
     for (const [slab, page] of pagesOf(disk, victim)) {
@@ -715,7 +782,7 @@ function readRecord(
     name: record.name,
     size_bytes: record.sizeBytes,
     parameters_json: '{}',
-    layers: record.layers,
+    layers: record.layers.filter((layer) => !disk.tombstones.has(layer.layer_id)),
   };
 }
 

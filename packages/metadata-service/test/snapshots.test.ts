@@ -198,6 +198,21 @@ describe('CreateSnapshot of an open volume', () => {
     expect(await c.snapshot('snap', uuid)).toMatchObject({ state: 'READY' });
   });
 
+  it('that is deleted because its file system can never be frozen is cut without that', async () => {
+    const { uuid } = await opened('pvc', [1]);
+    node.override.set('cut_volumes', (order) =>
+      order.cut_volumes?.quiesce === false
+        ? node.answer(order, disk)
+        : { error_code: 'FAILED_PRECONDITION', error_message: 'its mount cannot be seen.' },
+    );
+    const parameters = { 'holdfast.io/quiesce': 'true' };
+    await expect(c.snapshot('snap', uuid, { parameters }, 600)).rejects.toThrow(/its mount cannot be seen/);
+    const { uuid: snapshot } = await c.rpc<Snapshot__Output>('GetSnapshot', { name: 'snap' });
+    await c.rpc('DeleteSnapshot', { uuid: snapshot });
+    await until(async () => (await events(uuid)).includes('cut'), 'cut');
+    expect(await c.snapshot('next', uuid)).toMatchObject({ state: 'READY' });
+  });
+
   it('that is deleted before it was cut leaves a folded layer, not a name', async () => {
     const { uuid } = await opened('pvc', [1]);
     node.override.set('cut_volumes', () => ({ error_code: 'HF_IO', error_message: 'no' }));
@@ -494,6 +509,43 @@ describe('deleting snapshots', () => {
     await until(async () => (await free()) === '1024', 'wiped');
     expect(ordersTo(idle, 'wipe_volume')).toBe(0);
   });
+});
+
+describe('the record slots of removed layers', () => {
+  /** A closed volume, whose snapshots come and go until one is refused, or `times`. */
+  async function rotate(keepsParents: boolean, times: number): Promise<number> {
+    const small = new FakeDisk();
+    small.layerSlots = 5;
+    small.keepsParents = keepsParents;
+    const agent = await c.node('node-3', [small], { machineId: 'machine-3' });
+    const { uuid } = await c.create('rotated', { pool_uuids: [small.uuid] });
+    const grant = await agent.openVolume(small, uuid, await c.publish(uuid, agent));
+    await agent.allocate(small, 1);
+    await agent.ask('ReportSlabs', small, { claimed: [agent.claim(small, grant, [1])] });
+    await agent.returnVolume(small, uuid);
+    await c.unpublish(uuid, agent);
+    for (let n = 0; n < times; n++) {
+      const snapshot = await c.snapshot(`snap-${n}`, uuid).catch((error: { code: string }) => {
+        if (error.code !== 'TOO_MANY') throw error;
+      });
+      if (!snapshot) return n;
+      await c.rpc('DeleteSnapshot', { uuid: snapshot.uuid });
+      // The first one holds the data; every other one is empty, and goes.
+      if (n > 0) await until(() => small.tombstones.has(snapshot.layer_id), `tombstone ${n}`);
+    }
+    expect((await c.volume(uuid)).layers.map((layer) => layer.slabs.length)).toEqual([0, 1]);
+    const parents = small.records.get(uuid)?.layers.map((layer) => layer.parent_layer_id);
+    expect(parents?.slice(2, -1).every((parent) => parent === parents.at(-2))).toBe(true);
+    return times;
+  }
+
+  it('come back: before a layer is deleted, its record names the living one below', async () => {
+    expect(await rotate(false, 7)).toBe(7);
+  }, 60_000);
+
+  it('are kept for as long as the disk says that a record names them', async () => {
+    expect(await rotate(true, 7)).toBe(4);
+  }, 60_000);
 });
 
 describe('ListSnapshots', () => {
@@ -836,6 +888,67 @@ describe('a copy that the database does not know', () => {
     });
   };
   const context = volumeContext({ poolUuid: '', name: 'x', sizeBytes: 1n << 30n, parameters: {} });
+  /** As its PersistentVolume keeps it. */
+  const contextOf = (source: object, sizeBytes = 1n << 30n): { volume_context: Record<string, string> } => ({
+    volume_context: volumeContext({
+      poolUuid: disk.uuid,
+      name: 'copy',
+      sizeBytes,
+      parameters: { fsType: 'xfs' },
+      ...source,
+    }),
+  });
+
+  it('and was never opened stands on its snapshot again, or is refused: it never comes back empty', async () => {
+    const { uuid } = await opened('pvc', [1]);
+    const snapshot = await c.snapshot('snap', uuid);
+    const lost = randomUUID();
+    const known = contextOf({ sourceSnapshotUuid: snapshot.uuid }, 2n << 30n);
+    await c.publish(lost, other, known);
+    const copy = await c.volume(lost);
+    expect(copy).toMatchObject({ source_snapshot_uuid: snapshot.uuid, size_bytes: gib(2) });
+    expect(copy.layers.map((layer) => layer.layer_id).slice(1)).toEqual([snapshot.layer_id]);
+    await c.rpc('DeleteSnapshot', { uuid: snapshot.uuid });
+    await write(uuid, [1]);
+    await new Promise((resolve) => setTimeout(resolve, 800));
+    const grant = await other.openVolume(disk, lost, await c.publish(lost, other));
+    expect(grant.layers[1]?.slabs).toMatchObject([{ first: '0', count: 1 }]);
+    for (const [source, says] of [
+      [{ sourceSnapshotUuid: snapshot.uuid }, /copy of snapshot .* is not known\. Nothing was made/],
+      [{ sourceVolumeUuid: uuid }, /at one moment, which has no name\. Nothing was made/],
+    ] as const) {
+      const unknown = randomUUID();
+      const ask = contextOf({ ...source, name: `copy-${unknown}` });
+      await expect(c.publish(unknown, node, ask)).rejects.toMatchObject({
+        code: 'FAILED_PRECONDITION',
+        message: expect.stringMatching(says),
+      });
+      await expect(c.rpc('GetVolume', { uuid: unknown, ...ask })).rejects.toMatchObject({
+        code: 'FAILED_PRECONDITION',
+      });
+      await expect(c.volume(unknown)).rejects.toMatchObject({ code: 'NOT_FOUND' });
+    }
+  });
+
+  it('that has a record comes back from that, whatever became of its source', async () => {
+    const lost = randomUUID();
+    record(lost, '70', 5, [
+      ['81', 6],
+      ['80', 7],
+    ]);
+    const source = randomUUID();
+    await c.publish(lost, node, contextOf({ sourceVolumeUuid: source }));
+    const known = await c.volume(lost);
+    expect(known.source_volume_uuid).toBe(source);
+    expect(known.layers.map((layer) => layer.layer_id)).toEqual(['81', '80']);
+  });
+
+  it('does not come back when its record says that it was deleted', async () => {
+    const gone = randomUUID();
+    record(gone, '70', 5, [['81', 6]]);
+    disk.records.get(gone)!.state = 'deleted';
+    await expect(c.publish(gone, node, contextOf({}))).rejects.toMatchObject({ code: 'NOT_FOUND' });
+  });
 
   it('shares the layers of one that is known, and neither is stripped of what the other may need', async () => {
     const [first, second] = [randomUUID(), randomUUID()];

@@ -33,6 +33,7 @@ interface UpFlags {
   renewMs?: number;
   maxVolumes: number;
   agentMetadata?: string;
+  reclaimInterval?: number;
 }
 
 async function up(flags: UpFlags): Promise<void> {
@@ -52,6 +53,7 @@ async function up(flags: UpFlags): Promise<void> {
     ...(flags.leaseMs === undefined ? {} : { leaseMs: flags.leaseMs }),
     ...(flags.renewMs === undefined ? {} : { renewMs: flags.renewMs }),
     ...(flags.agentMetadata === undefined ? {} : { agentMetadata: flags.agentMetadata }),
+    ...(flags.reclaimInterval === undefined ? {} : { reclaimSeconds: flags.reclaimInterval }),
   });
   const cluster = await starting;
   const { state } = cluster;
@@ -172,6 +174,11 @@ export function addDevCommands(program: Command): void {
     .option('--lease-ms <ms>', 'lease of the pool', count)
     .option('--renew-ms <ms>', 'renew interval of the pool', count)
     .option('--max-volumes <n>', 'volumes open on a node at one time', count, 128)
+    .option(
+      '--reclaim-interval <seconds>',
+      'how often the metadata service looks at what deleted snapshots leave behind (its own default: 30)',
+      count,
+    )
     .option(
       '--agent-metadata <host:port>',
       'what agents are told to connect to instead: a proxy that makes faults',

@@ -1,8 +1,13 @@
 /** holdfast volume: list, show. Volumes are made and deleted by CSI. */
-import type { Volume__Output } from '@holdfast/proto';
+import { call } from '@holdfast/common';
+import type { AuditRecord__Output, Volume__Output } from '@holdfast/proto';
 import type { Command } from 'commander';
 import { globals, withMetadata } from '../context.ts';
+import type { MetadataApi } from '../metadata.ts';
 import { age, camelKeys, enumWord, formatBytes, printJson, properties, table } from '../output.ts';
+
+/** Records asked for at a time. */
+const auditPage = 1000;
 
 /** The stable JSON shape of a volume. */
 export function volumeView(volume: Volume__Output): Record<string, unknown> {
@@ -34,6 +39,25 @@ function spaceOf(volume: Volume__Output): string {
     parts.push(`${formatBytes(volume.reclaimable_bytes)} reclaimable`);
   }
   return parts.join(', ');
+}
+
+/** What is reclaimable comes back block by block where newer writes cover it, and slab by slab where compaction moves the rest. */
+async function lastCompaction(api: MetadataApi, uuid: string): Promise<string> {
+  let last: AuditRecord__Output | undefined;
+  for (let after = '0', more = true; more; ) {
+    const { records } = await api.run((client, timeoutMs) =>
+      call(
+        client,
+        client.ListAudit,
+        { volume_uuid: uuid, node_id: '', after_sequence: after, max_entries: auditPage },
+        { timeoutMs },
+      ),
+    );
+    last = records.findLast((record) => record.event === 'compact') ?? last;
+    more = records.length === auditPage;
+    after = records.at(-1)?.sequence ?? after;
+  }
+  return last === undefined ? 'never' : `${age(last.at_unix_ms)} ago, ${last.detail}`;
 }
 
 /** Epoch: the pool's incarnation, and the counter within it. */
@@ -69,7 +93,11 @@ async function list(_flags: unknown, command: Command): Promise<void> {
 }
 
 async function show(word: string, _flags: unknown, command: Command): Promise<void> {
-  const volume = await withMetadata(command, (api) => api.volume(word));
+  const { volume, compaction } = await withMetadata(command, async (api) => {
+    const found = await api.volume(word);
+    const asJson = globals(command).output === 'json';
+    return { volume: found, compaction: asJson ? '' : await lastCompaction(api, found.uuid) };
+  });
   if (globals(command).output === 'json') {
     printJson(volumeView(volume));
     return;
@@ -82,6 +110,7 @@ async function show(word: string, _flags: unknown, command: Command): Promise<vo
       ['State', volume.state.toLowerCase()],
       ['Size', `${formatBytes(volume.size_bytes)}, ${formatBytes(volume.allocated_bytes)} allocated`],
       ['Space', spaceOf(volume)],
+      ['Compacted', compaction],
       ['Chain', `${volume.layers.length} ${volume.layers.length === 1 ? 'layer' : 'layers'}`],
       ['Made from', sourceOf(volume)],
       ['Epoch', epochText(volume.epoch)],

@@ -45,6 +45,8 @@ export interface DevOptions {
   maxVolumes: number;
   /** What agents connect to instead of the metadata service. */
   agentMetadata?: string;
+  /** How often the service looks at what deleted snapshots leave behind; undefined: its own default. */
+  reclaimSeconds?: number;
   /** Progress for people, a line each. */
   say: (line: string) => void;
 }
@@ -211,6 +213,12 @@ export class DevCluster {
     return cluster;
   }
 
+  #reclaimFlags(): string[] {
+    const { reclaimSeconds } = this.#options;
+    if (reclaimSeconds === undefined) return [];
+    return ['--strip-interval', '--compact-interval'].flatMap((flag) => [flag, String(reclaimSeconds)]);
+  }
+
   async #start(): Promise<void> {
     const { dir } = this.state;
     const failure = new Promise<never>((_, reject) => {
@@ -226,6 +234,7 @@ export class DevCluster {
       this.state.metadataHttp,
       '--store',
       `sqlite:${join(dir, 'metadata.db')}`,
+      ...this.#reclaimFlags(),
     ]);
     await Promise.race([this.#untilServiceAnswers(), failure]);
     this.#watch('csi-controller', undefined, process.execPath, [

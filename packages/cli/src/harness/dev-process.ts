@@ -20,6 +20,8 @@ export interface DevUpOptions {
   renewMs?: number;
   /** Where the agents find the metadata service, when something stands in between. */
   agentMetadata?: string;
+  /** Between two looks at what deleted snapshots leave behind. */
+  reclaimSeconds?: number;
   timeoutMs?: number;
   env?: NodeJS.ProcessEnv;
 }
@@ -56,6 +58,7 @@ export class DevUp {
     if (options.fencing !== undefined) args.push('--fencing', options.fencing);
     if (options.leaseMs !== undefined) args.push('--lease-ms', String(options.leaseMs));
     if (options.renewMs !== undefined) args.push('--renew-ms', String(options.renewMs));
+    if (options.reclaimSeconds !== undefined) args.push('--reclaim-interval', String(options.reclaimSeconds));
     if (options.agentMetadata !== undefined) args.push('--agent-metadata', options.agentMetadata);
     // A session of its own: a Ctrl-C reaches whoever started this, who then stops it in order.
     const child = spawn(process.execPath, args, {

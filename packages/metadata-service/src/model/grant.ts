@@ -18,7 +18,7 @@ export type GrantEvent =
       /** Newer than every epoch of this volume. */
       nextEpoch: bigint;
     }
-  /** A live host opens a volume that nobody has, without a device, to cut it. */
+  /** A live host opens a volume that nobody has, without a device, to cut or compact it. */
   | { type: 'maintain'; holder: HostLife; hostLive: boolean; blockedBy: string; nextEpoch: bigint }
   | { type: 'opened'; holder: HostLife; epoch: bigint }
   /** The holder says: closed on disk, nothing in flight. */
@@ -142,7 +142,7 @@ function offered(
   return changed({ ...how, state: 'OFFERED', epoch: event.nextEpoch, holder: event.holder }, 'grant');
 }
 
-/** Out for a cut of a closed volume, not for anybody's use. */
+/** Out for a cut or a compaction of a closed volume, not for anybody's use. */
 export function isMaintenance(grant: GrantRecord): boolean {
   return grant.state !== 'FREE' && grant.publishId === '';
 }

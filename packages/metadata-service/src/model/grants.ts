@@ -14,6 +14,7 @@ import {
   type PublicationRecord,
   type VolumeRecord,
 } from './records.ts';
+import { compactionOf } from './segments.ts';
 
 /** A publication that was never staged yields to another node after this. */
 export const supersedeAfterMs = 30_000;
@@ -39,10 +40,11 @@ function orphansPending(volume: VolumeRecord, life: HostLife): MustWait {
   );
 }
 
-/** A cut may have changed which layer is the top: nobody opens the volume before that is known. */
-function cutPending(volume: VolumeRecord): MustWait {
+/** What somebody has a closed volume for; or it is being cut, and nobody opens it before it is known which layer is the top. */
+export function maintained(tx: Snapshot, volume: VolumeRecord): MustWait {
+  const compacted = compactionOf(tx, volume) !== undefined;
   return new MustWait(
-    `Volume ${volume.name} is being cut for a snapshot or a copy. It can be staged in a moment; repeat the call.`,
+    `Volume ${volume.name} is being ${compacted ? 'compacted' : 'cut for a snapshot or a copy'}. That is over in a moment; repeat the call.`,
     (tx) => {
       const now = tables.volume.get(tx, volume.uuid);
       return (
@@ -109,7 +111,7 @@ export function applyGrant(
     if (ended !== undefined) endPublication(d, volume, ended);
   }
   tables.volume.put(d.tx, volume, volume.uuid);
-  const kind = reader !== undefined ? ', for reading' : isMaintenance(next) ? ', to cut it' : '';
+  const kind = reader !== undefined ? ', for reading' : isMaintenance(next) ? ', for maintenance' : '';
   audit(d, outcome.audit.event, {
     poolUuid: volume.poolUuid,
     volumeUuid: volume.uuid,
@@ -331,7 +333,7 @@ export function stageVolume(d: Decision, request: StageRequest): Staged {
   const before = reader ?? volume.grant;
   if (publication !== undefined && (before.state === 'FREE' || isMaintenance(volume.grant))) {
     if (isMaintenance(volume.grant) || tables.cutting.get(d.tx, pool.uuid, volume.uuid) !== undefined)
-      throw cutPending(volume);
+      throw maintained(d.tx, volume);
     requireNoOrphans(d, volume);
   }
   const outcome = applyGrant(
@@ -383,7 +385,7 @@ export function stagedBefore(d: Decision, volumeUuid: string, life: HostLife, ep
   return { volume, grant: held.grant };
 }
 
-/** Gives a closed volume to a live host for a cut. @throws HoldfastError when it cannot be given now */
+/** Gives a closed volume to a live host for a cut or a compaction. @throws HoldfastError when it cannot be given now */
 export function maintain(d: Decision, pool: PoolRecord, volume: VolumeRecord, life: HostLife): void {
   requireAuthority(d, pool);
   const host = requireLife(d, pool.uuid, life);
@@ -398,7 +400,7 @@ export function maintain(d: Decision, pool: PoolRecord, volume: VolumeRecord, li
   if (outcome.type === 'stale') {
     throw new HoldfastError(
       'UNAVAILABLE',
-      `Volume ${volume.name} cannot be opened for a cut: ${outcome.why}.`,
+      `Volume ${volume.name} cannot be opened for maintenance: ${outcome.why}.`,
     );
   }
 }

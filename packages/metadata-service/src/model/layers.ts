@@ -7,7 +7,8 @@
  *  - left alone, when more are above it.
  *
  * A removed layer leaves a tombstone on the disk: the record above it still names it as its parent, so its slot is not used again
- * before that record is gone too (diskParentId, diskChildren).
+ * before that record is gone too, or names another (diskParentId, diskChildren). Before a removed layer becomes a tombstone itself, its
+ * record is made to name the living layer below (reclaim.ts): else the snapshots of one volume, coming and going, would use up all slots.
  */
 import { HoldfastError } from '@holdfast/common';
 import type { Snapshot } from '../store/store.ts';
@@ -124,12 +125,7 @@ export function childrenOf(tx: Snapshot, poolUuid: string, layerId: bigint, limi
 /** Every grant that is out on a volume whose chain has this layer. */
 export function grantsOver(tx: Snapshot, poolUuid: string, layerId: bigint): GrantRef[] {
   const refs: GrantRef[] = [];
-  const left = [layerId];
-  for (let id = left.pop(); id !== undefined; id = left.pop()) {
-    left.push(...childrenOf(tx, poolUuid, id));
-    const layer = requireLayer(tx, poolUuid, id);
-    const volume = tables.volume.get(tx, layer.volumeUuid);
-    if (volume?.topLayerId !== id) continue;
+  for (const volume of volumesOver(tx, poolUuid, layerId)) {
     for (const { state, holder, epoch } of [volume.grant, ...volume.readers]) {
       if (state !== 'FREE' && holder !== null) refs.push({ volumeUuid: volume.uuid, epoch, holder });
     }
@@ -161,8 +157,10 @@ export function removeFromChain(d: Decision, poolUuid: string, layerId: bigint):
     tables.layerChild.put(d.tx, true, poolUuid, layer.parentLayerId, childId);
   }
   tables.layer.put(d.tx, { ...child, parentLayerId: layer.parentLayerId }, poolUuid, childId);
-  tables.layer.put(d.tx, { ...layer, children: 0, removed: { waiting, wiped: false } }, poolUuid, layerId);
+  const removed = { waiting, wiped: false, aboveId: childId };
+  tables.layer.put(d.tx, { ...layer, children: 0, removed }, poolUuid, layerId);
   tables.fold.delete(d.tx, poolUuid, layerId);
+  tables.compacted.delete(d.tx, poolUuid, layerId);
   useChanged(d, poolUuid, layerId);
   audit(d, 'unchained', {
     poolUuid,
@@ -182,21 +180,106 @@ export function layerGone(d: Decision, pool: PoolRecord, layerId: bigint): void 
     useChanged(d, pool.uuid, parent.layerId);
   }
   tables.fold.delete(d.tx, pool.uuid, layerId);
+  tables.compacted.delete(d.tx, pool.uuid, layerId);
   tables.layer.put(d.tx, { ...layer, removed: { waiting: [], wiped: true } }, pool.uuid, layerId);
   tables.reclaim.delete(d.tx, pool.uuid, layerId);
   forgetTombstone(d, pool, layerId);
 }
 
-/** No record on the disk names it any more: its slot is free, and perhaps the one that it names itself. */
+/** No record on the disk names it any more: its slot is free, and perhaps those that it names itself. */
 function forgetTombstone(d: Decision, pool: PoolRecord, layerId: bigint): void {
-  for (let id = layerId; id !== 0n; ) {
+  const left = [layerId];
+  for (let id = left.pop(); id !== undefined; id = left.pop()) {
     const layer = tables.layer.get(d.tx, pool.uuid, id);
-    if (layer?.removed?.wiped !== true || layer.diskChildren > 0) return;
+    if (layer?.removed?.wiped !== true || layer.diskChildren > 0) continue;
     tables.layer.delete(d.tx, pool.uuid, id);
     markSlot(d, pool, 'layer', layer.slot, false);
-    id = layer.diskParentId;
-    const below = id === 0n ? undefined : tables.layer.get(d.tx, pool.uuid, id);
-    if (below === undefined) return;
-    tables.layer.put(d.tx, { ...below, diskChildren: below.diskChildren - 1 }, pool.uuid, id);
+    for (const parentId of [layer.diskParentId, layer.diskParentNext ?? 0n]) {
+      const parent = tables.layer.get(d.tx, pool.uuid, parentId);
+      if (parent === undefined) continue;
+      tables.layer.put(d.tx, { ...parent, diskChildren: parent.diskChildren - 1 }, pool.uuid, parentId);
+      left.push(parentId);
+    }
   }
+}
+
+/** A record on the disk names the layer as its parent no longer. */
+function unnameParent(d: Decision, pool: PoolRecord, layerId: bigint): void {
+  const layer = tables.layer.get(d.tx, pool.uuid, layerId);
+  if (layer === undefined) return;
+  tables.layer.put(d.tx, { ...layer, diskChildren: layer.diskChildren - 1 }, pool.uuid, layerId);
+  forgetTombstone(d, pool, layerId);
+}
+
+/** The layer itself, or the first one below that is in a chain, by what the disk says; 0: there is none. */
+export function livingFrom(tx: Snapshot, poolUuid: string, layerId: bigint): bigint {
+  for (let id = layerId; id !== 0n; ) {
+    const layer = requireLayer(tx, poolUuid, id);
+    if (layer.removed === null) return id;
+    id = layer.diskParentId;
+  }
+  return 0n;
+}
+
+/** Volumes whose chain has a layer, as their tops. */
+function volumesOver(tx: Snapshot, poolUuid: string, layerId: bigint): VolumeRecord[] {
+  const volumes: VolumeRecord[] = [];
+  const left = [layerId];
+  for (let id = left.pop(); id !== undefined; id = left.pop()) {
+    left.push(...childrenOf(tx, poolUuid, id));
+    const volume = tables.volume.get(tx, requireLayer(tx, poolUuid, id).volumeUuid);
+    if (volume?.topLayerId === id) volumes.push(volume);
+  }
+  return volumes;
+}
+
+export interface Relink {
+  layer: LayerRecord;
+  /** What its record is to name. */
+  parentId: bigint;
+  /** Goes into its record as what it is folded into. */
+  head: LayerRecord;
+  /** A volume whose chain on the disk goes through the layer: its record shows what became of it. */
+  witness: VolumeRecord;
+}
+
+/**
+ * The record of a removed layer is to name the living layer below, instead of tombstones. Both parents keep their slots from now on,
+ * until the disk says which one it names. Undefined: it does already, or nobody could say.
+ */
+export function beginRelink(d: Decision, poolUuid: string, layerId: bigint): Relink | undefined {
+  const layer = tables.layer.get(d.tx, poolUuid, layerId);
+  if (layer?.removed?.wiped !== false || layer.diskChildren === 0) return undefined;
+  const parentId = layer.diskParentNext ?? livingFrom(d.tx, poolUuid, layer.diskParentId);
+  if (parentId === layer.diskParentId) return undefined;
+  let above = tables.layer.get(d.tx, poolUuid, layer.removed.aboveId ?? 0n);
+  while (above?.removed) above = tables.layer.get(d.tx, poolUuid, above.removed.aboveId ?? 0n);
+  const witness =
+    above &&
+    volumesOver(d.tx, poolUuid, above.layerId).find((one) => one.state === 'READY' && one.lastEpoch > 0n);
+  if (above === undefined || witness === undefined) return undefined;
+  let head = above;
+  while (isFolded(d, poolUuid, head)) {
+    const [next] = childrenOf(d.tx, poolUuid, head.layerId, 1);
+    head = requireLayer(d.tx, poolUuid, next ?? 0n);
+  }
+  const marked = { ...layer, diskParentNext: parentId };
+  if (layer.diskParentNext === undefined) {
+    tables.layer.put(d.tx, marked, poolUuid, layerId);
+    const parent = parentId === 0n ? undefined : requireLayer(d.tx, poolUuid, parentId);
+    if (parent !== undefined) {
+      tables.layer.put(d.tx, { ...parent, diskChildren: parent.diskChildren + 1 }, poolUuid, parentId);
+    }
+  }
+  return { layer: marked, parentId, head, witness };
+}
+
+/** @param named the parent in its record on the disk; undefined: nobody could say, and both keep their slots */
+export function relinkEnded(d: Decision, pool: PoolRecord, layerId: bigint, named: bigint | undefined): void {
+  const layer = tables.layer.get(d.tx, pool.uuid, layerId);
+  if (layer?.diskParentNext === undefined) return;
+  const { diskParentNext: next, ...rest } = layer;
+  if (named !== next && named !== layer.diskParentId) return;
+  tables.layer.put(d.tx, { ...rest, diskParentId: named }, pool.uuid, layerId);
+  unnameParent(d, pool, named === next ? layer.diskParentId : next);
 }

@@ -11,16 +11,8 @@
 import type { Snapshot } from '../store/store.ts';
 import { audit, requirePool, type Decision } from './decision.ts';
 import { sameLife } from './grant.ts';
-import {
-  childrenOf,
-  grantsOver,
-  isFolded,
-  isNameless,
-  layerGone,
-  requireLayer,
-  stillOut,
-  type Pins,
-} from './layers.ts';
+import { compactionDue, type CompactionPolicy } from './compaction.ts';
+import { grantsOver, isNameless, layerGone, requireLayer, stillOut } from './layers.ts';
 import {
   tables,
   type GrantRef,
@@ -29,32 +21,31 @@ import {
   type LeavingRecord,
   type PoolRecord,
   type SlabRun,
-  type StripRecord,
 } from './records.ts';
 import { common, countSlabs, normalized } from './runs.ts';
+import { busyLayers, maxBackoff, segmentFrom, type View } from './segments.ts';
 import { freeFromLayer, freeSlabs, slabsOf, takeFromLayer } from './slabs.ts';
-
-/** A strip that found nothing waits twice as long before the next one, up to this many times the interval. */
-const maxBackoff = 32;
 
 export type ReclaimWork =
   | { type: 'wipe'; layerId: bigint }
   | { type: 'tombstone'; layerId: bigint }
   | { type: 'remove'; layerId: bigint }
-  | { type: 'strip'; layerId: bigint };
+  | { type: 'strip'; layerId: bigint }
+  | { type: 'compact'; layerId: bigint };
 
-interface View extends Pins {
-  readonly tx: Snapshot;
-}
-
-/** What can be done on a pool now. `nowUnixMs` decides which strips are due. */
-export function reclaimable(view: View, poolUuid: string, nowUnixMs: number): ReclaimWork[] {
+/** What can be done on a pool now. `nowUnixMs` decides which strips and compactions are due. */
+export function reclaimable(
+  view: View,
+  poolUuid: string,
+  nowUnixMs: number,
+  policy: CompactionPolicy,
+): ReclaimWork[] {
   const entries = tables.reclaim.entries(view.tx, [poolUuid]);
   if (entries.length === 0) return [];
   const busy = busyLayers(view.tx, poolUuid);
   return entries.flatMap(([parts]): ReclaimWork[] => {
     const layer = requireLayer(view.tx, poolUuid, BigInt(parts[1] as string));
-    const work = workOn(view, poolUuid, layer, busy, nowUnixMs);
+    const work = workOn(view, poolUuid, layer, busy, nowUnixMs, policy);
     return work === undefined ? [] : [{ type: work, layerId: layer.layerId }];
   });
 }
@@ -65,6 +56,7 @@ function workOn(
   layer: LayerRecord,
   busy: ReadonlySet<bigint>,
   nowUnixMs: number,
+  policy: CompactionPolicy,
 ): ReclaimWork['type'] | undefined {
   const { layerId, removed } = layer;
   if (removed !== null) {
@@ -77,34 +69,8 @@ function workOn(
   if (layer.children === 0) return leaving ? undefined : 'wipe';
   if (layer.children > 1) return undefined;
   if (layer.slabCount === 0) return leaving ? undefined : 'remove';
-  return isDue(view, poolUuid, layer, busy, nowUnixMs) ? 'strip' : undefined;
-}
-
-/** Victims and heads of strips under way. */
-function busyLayers(tx: Snapshot, poolUuid: string): Set<bigint> {
-  return new Set(tables.strip.list(tx, [poolUuid]).flatMap(({ victims, headId }) => [...victims, headId]));
-}
-
-/** The segment that a layer is the newest victim of; undefined: the layer above it is folded too, or it is not folded itself. */
-function segmentFrom(view: View, poolUuid: string, newest: LayerRecord): StripRecord | undefined {
-  if (!isFolded(view, poolUuid, newest)) return undefined;
-  const [headId] = childrenOf(view.tx, poolUuid, newest.layerId, 1);
-  if (headId === undefined) return undefined;
-  const head = requireLayer(view.tx, poolUuid, headId);
-  if (isFolded(view, poolUuid, head)) return undefined;
-  const victims: bigint[] = [];
-  for (let layer: LayerRecord | undefined = newest; layer && isFolded(view, poolUuid, layer); ) {
-    victims.push(layer.layerId);
-    layer = tables.layer.get(view.tx, poolUuid, layer.parentLayerId);
-  }
-  const grant = head.frozen ? undefined : tables.volume.get(view.tx, head.volumeUuid)?.grant;
-  return {
-    victims,
-    headId,
-    headFrozen: head.frozen,
-    headClosed: grant === undefined || grant.state === 'FREE',
-    headEpoch: grant?.epoch ?? 0n,
-  };
+  if (isDue(view, poolUuid, layer, busy, nowUnixMs)) return 'strip';
+  return compactionDue(view, poolUuid, layer, nowUnixMs, policy) === undefined ? undefined : 'compact';
 }
 
 function isDue(

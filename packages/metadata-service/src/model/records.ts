@@ -133,7 +133,7 @@ export type GrantRecord = {
   epoch: bigint;
   /** FREE: who held it last. */
   holder: HostLife | null;
-  /** Empty while it is not FREE: for maintenance (a cut of a closed volume), under no publication. */
+  /** Empty while it is not FREE: for maintenance (a cut or compaction of a closed volume), under no publication. */
   publishId: string;
   readOnly: boolean;
 };
@@ -200,6 +200,8 @@ export type LayerRecord = {
   kept: boolean;
   /** What its record on the disk may name as its parent: not changed when that one is removed from the chain. */
   diskParentId: bigint;
+  /** What it may name instead, since an order to change that was given; absent: none was. */
+  diskParentNext?: bigint;
   /** Records on the disk, tombstones too, that may name it as their parent: its slot is kept for as long. */
   diskChildren: number;
   /** Of the last strip: blocks that still count; -1: nobody counted. */
@@ -222,6 +224,8 @@ export type RemovalRecord = {
   waiting: GrantRef[];
   /** The tombstone is on the disk. */
   wiped: boolean;
+  /** The layer that was right above it. */
+  aboveId?: bigint;
 };
 
 /** A name for a frozen layer. */
@@ -289,6 +293,31 @@ export type StripRecord = {
 export type FoldRecord = StripRecord & {
   dueUnixMs: number;
   intervalMs: number;
+};
+
+/** A compaction that was ordered under this grant, and is not known to have ended. */
+export type CompactingRecord = {
+  /** Newest first. */
+  victims: bigint[];
+  headId: bigint;
+  volumeUuid: string;
+  epoch: bigint;
+  holder: HostLife;
+};
+
+/** What the last compaction of a segment came to; by its newest victim. */
+export type CompactedRecord = {
+  victims: bigint[];
+  headId: bigint;
+  dueUnixMs: number;
+  intervalMs: number;
+  /** Nothing was left that the rule would move, with so many live blocks in the victims. */
+  complete: boolean;
+  liveBlocks: number;
+  /** It moved blocks, and no strip was asked for since. */
+  moved: boolean;
+  /** It had no room, and waits for the pool to have more free slabs than these; -1: it had room. */
+  shortAt: number;
 };
 
 /** Slabs taken out of a frozen layer. No grant names them from now on; those that did have to forget them before they are wiped. */
@@ -407,6 +436,9 @@ export const tables = {
   /** Strips under way, by their newest victim. */
   strip: new Table<StripRecord, readonly [pool: string, victim: bigint]>('strip'),
   fold: new Table<FoldRecord, readonly [pool: string, victim: bigint]>('fold'),
+  /** Compactions under way, by the newest victim. */
+  compacting: new Table<CompactingRecord, readonly [pool: string, victim: bigint]>('compacting'),
+  compacted: new Table<CompactedRecord, readonly [pool: string, victim: bigint]>('compacted'),
   leaving: new Table<LeavingRecord, readonly [pool: string, layer: bigint, sequence: bigint]>('leaving'),
   job: new Table<JobRecord, readonly [pool: string, what: string]>('job'),
   /** A layer's slabs, region by region. */

@@ -294,7 +294,8 @@ export function dropSnapshot(d: Decision, snapshot: SnapshotRecord): void {
 export function dropName(d: Decision, snapshot: SnapshotRecord): void {
   const cut = tables.cutting.get(d.tx, snapshot.poolUuid, snapshot.sourceVolumeUuid);
   if (cut?.snapshotUuid === snapshot.uuid) {
-    const forNobody = { ...cut, snapshotUuid: '', groupUuid: '', heldEpoch: 0n };
+    // Nobody wants its file system to be frozen for it any more: one that never can be would keep the cut from ever ending.
+    const forNobody = { ...cut, snapshotUuid: '', groupUuid: '', heldEpoch: 0n, quiesce: false };
     tables.cutting.put(d.tx, forNobody, snapshot.poolUuid, snapshot.sourceVolumeUuid);
   }
   if (snapshot.layerId === 0n) return;

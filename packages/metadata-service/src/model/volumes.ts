@@ -2,11 +2,12 @@
 import { HoldfastError, volumeParameterKeys, type VolumeContext } from '@holdfast/common';
 import type { Snapshot } from '../store/store.ts';
 import { audit, mayDecide, requireAuthority, requirePool, type Decision } from './decision.ts';
-import { requireReady, requireVolume } from './grants.ts';
+import { maintained, requireReady, requireVolume } from './grants.ts';
 import { isMaintenance } from './grant.ts';
-import { attach, layerGone, makeLayer, requireLayer, unused } from './layers.ts';
+import { attach, layerGone, livingFrom, makeLayer, requireLayer, unused } from './layers.ts';
 import { markSlot, takeSlot } from './pools.ts';
 import { tables, type LayerRecord, type PoolRecord, type SlabRun, type VolumeRecord } from './records.ts';
+import { compactionOf } from './segments.ts';
 import { addToLayer, freeFromLayer, reserveFree, slabsOf } from './slabs.ts';
 import { countSlabs } from './runs.ts';
 
@@ -297,7 +298,7 @@ function isRoomier(a: PoolRecord, b: PoolRecord): boolean {
   return freeA !== freeB ? freeA > freeB : a.provisionedBytes < b.provisionedBytes;
 }
 
-/** Deleting is durable when this commits. Returns true when slabs wait to be wiped. */
+/** Deleting is durable when this commits. Returns true when slabs wait to be wiped. @throws MustWait while it is being compacted */
 export function deleteVolume(d: Decision, uuid: string): boolean {
   const volume = tables.volume.get(d.tx, uuid);
   if (volume === undefined || volume.state === 'DELETING') return false;
@@ -308,6 +309,7 @@ export function deleteVolume(d: Decision, uuid: string): boolean {
       `Volume ${volume.name} is published to ${publication.nodeId}. Unpublish it first.`,
     );
   }
+  if (compactionOf(d.tx, volume) !== undefined && isMaintenance(volume.grant)) throw maintained(d.tx, volume);
   if (tables.cutting.get(d.tx, volume.poolUuid, uuid) !== undefined || isMaintenance(volume.grant)) {
     throw new HoldfastError(
       'OPERATION_PENDING',
@@ -468,7 +470,10 @@ export interface VolumeOnDisk {
   slabs: { layerId: bigint; runs: SlabRun[] }[];
 }
 
-/** Knows a volume again. Without a record on the pool it was never opened, holds nothing, and is made from its context. */
+/**
+ * Knows a volume again. Without a record on the pool it was never opened, holds nothing of its own, and is made from its context:
+ * empty, or on top of what it is a copy of.
+ */
 export function importVolume(
   d: Decision,
   uuid: string,
@@ -487,9 +492,45 @@ export function importVolume(
     );
   }
   checkSize(disk?.sizeBytes ?? context.sizeBytes, 0n);
-  if (disk === undefined) return insert(d, pool, uuid, { ...context, parentLayerId: 0n }, 'import');
+  if (disk === undefined) {
+    return insert(d, pool, uuid, { ...context, parentLayerId: parentFrom(d, context) }, 'import');
+  }
   requireHolderDead(d, pool, disk);
-  return insertFromDisk(d, pool, uuid, disk);
+  return insertFromDisk(d, pool, uuid, disk, context);
+}
+
+/**
+ * What a copy that was never opened stands on. A snapshot that is known shows what it showed then. What a copy of a volume froze has
+ * no name, so nothing can find it again; and an empty volume in its place would be the loss of what the copy shows.
+ */
+function parentFrom(d: Decision, context: VolumeContext): bigint {
+  const { sourceSnapshotUuid = '', sourceVolumeUuid = '' } = context;
+  if (sourceSnapshotUuid === '' && sourceVolumeUuid === '') return 0n;
+  const cannot = `Volume ${context.name} cannot be known again: it was never opened, so nothing of it is on the pool, and it is a copy of`;
+  if (sourceSnapshotUuid === '') {
+    throw new HoldfastError(
+      'FAILED_PRECONDITION',
+      `${cannot} volume ${sourceVolumeUuid} as that was at one moment, which has no name. Nothing was made in its place. Delete ` +
+        'its PersistentVolumeClaim and PersistentVolume, and copy the source again.',
+    );
+  }
+  const snapshot = tables.snapshot.get(d.tx, sourceSnapshotUuid);
+  if (snapshot?.state !== 'READY' || snapshot.poolUuid !== context.poolUuid) {
+    throw new HoldfastError(
+      'FAILED_PRECONDITION',
+      `${cannot} snapshot ${sourceSnapshotUuid}, which ${snapshot === undefined ? 'is not known' : 'is not ready'}. Nothing was made ` +
+        'in its place. Restore a database that knows the snapshot, or delete the PersistentVolumeClaim and PersistentVolume and ' +
+        'make the copy again from a snapshot that exists.',
+    );
+  }
+  if (context.sizeBytes < snapshot.sizeBytes) {
+    throw new HoldfastError(
+      'FAILED_PRECONDITION',
+      `${cannot} snapshot ${snapshot.name}, which has ${snapshot.sizeBytes} bytes, more than the ${context.sizeBytes} of its volume ` +
+        'context. Put the size of the volume back into the PersistentVolume.',
+    );
+  }
+  return snapshot.layerId;
 }
 
 function requireHolderDead(d: Decision, pool: PoolRecord, disk: VolumeOnDisk): void {
@@ -507,7 +548,13 @@ function requireHolderDead(d: Decision, pool: PoolRecord, disk: VolumeOnDisk): v
  * A chain may go on in layers that are known already, with a volume or snapshot that shares them. New frozen ones are kept for
  * good: the same disk may have volumes and snapshots that need them and that nobody has asked for yet.
  */
-function insertFromDisk(d: Decision, pool: PoolRecord, uuid: string, disk: VolumeOnDisk): VolumeRecord {
+function insertFromDisk(
+  d: Decision,
+  pool: PoolRecord,
+  uuid: string,
+  disk: VolumeOnDisk,
+  context: VolumeContext,
+): VolumeRecord {
   const [top] = disk.layers;
   const shared = disk.layers.findIndex(
     (layer) => tables.layer.get(d.tx, pool.uuid, layer.layerId) !== undefined,
@@ -529,7 +576,7 @@ function insertFromDisk(d: Decision, pool: PoolRecord, uuid: string, disk: Volum
   }
   markSlot(d, pool, 'volume', disk.slot, true);
   // A record may name a parent that was removed since: what comes next in the list is what the chain really has.
-  let parentId = below === undefined ? 0n : livingLayer(d, pool, below.layerId);
+  let parentId = below === undefined ? 0n : livingFrom(d.tx, pool.uuid, below.layerId);
   for (const layer of fresh.toReversed()) {
     markSlot(d, pool, 'layer', layer.slot, true);
     const record = {
@@ -576,8 +623,8 @@ function insertFromDisk(d: Decision, pool: PoolRecord, uuid: string, disk: Volum
     readers: [],
     publications: [],
     createdUnixMs: d.nowUnixMs,
-    sourceSnapshotUuid: '',
-    sourceVolumeUuid: '',
+    sourceSnapshotUuid: context.sourceSnapshotUuid ?? '',
+    sourceVolumeUuid: context.sourceVolumeUuid ?? '',
   };
   tables.volume.put(d.tx, volume, uuid);
   tables.volumeName.put(d.tx, uuid, disk.name);
@@ -595,14 +642,4 @@ function insertFromDisk(d: Decision, pool: PoolRecord, uuid: string, disk: Volum
 function isSameLayer(d: Decision, pool: PoolRecord, disk: VolumeOnDisk['layers'][number]): boolean {
   const known = tables.layer.get(d.tx, pool.uuid, disk.layerId);
   return known !== undefined && known.frozen && known.slot === disk.slot && known.birth === disk.birth;
-}
-
-/** The layer itself, or the first one below that was not removed from its chain since the disk's record was written. */
-function livingLayer(d: Decision, pool: PoolRecord, layerId: bigint): bigint {
-  for (let id = layerId; id !== 0n; ) {
-    const layer = requireLayer(d.tx, pool.uuid, id);
-    if (layer.removed === null) return id;
-    id = layer.parentLayerId;
-  }
-  return 0n;
 }

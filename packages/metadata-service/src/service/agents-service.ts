@@ -15,7 +15,7 @@ import type { ServerDuplexStream } from '@grpc/grpc-js';
 import { allocateSlabs, reportSlabs, returnSlabs, stillAhead } from '../model/allocation.ts';
 import { once } from '../model/answers.ts';
 import { audit, stale } from '../model/decision.ts';
-import { MustWait, stagedBefore, stageVolume, volumeOpened, volumeReturned } from '../model/grants.ts';
+import { stagedBefore, stageVolume, volumeOpened, volumeReturned } from '../model/grants.ts';
 import { applyHost, joinPool, poolReady } from '../model/hosts.ts';
 import { seePool, type PoolSighting } from '../model/pools.ts';
 import { tables, type SlabRun } from '../model/records.ts';
@@ -25,7 +25,7 @@ import { layersOf } from '../model/layers.ts';
 import { acceptedPools } from './claim.ts';
 import type { Core } from './core.ts';
 import type { AgentLink, Session, Sessions } from './sessions.ts';
-import { waitUntil } from './waiting.ts';
+import { afterWaiting } from './waiting.ts';
 import {
   claimFromWire,
   grantToWire,
@@ -184,20 +184,7 @@ export class AgentsApi {
         );
         return grantToWire(volume, grant, layers);
       });
-    for (;;) {
-      try {
-        return await attempt();
-      } catch (error) {
-        if (!(error instanceof MustWait)) throw error;
-        // What it waits for is under way already; this call is answered when it has ended.
-        await waitUntil(
-          this.#core,
-          context,
-          () => (this.#core.read(error.isOver) ? true : undefined),
-          () => error.message.replace(/\.$/, ''),
-        );
-      }
-    }
+    return await afterWaiting(this.#core, context, attempt);
   }
 
   // ---------------------------------------------------------------------------------------------- session

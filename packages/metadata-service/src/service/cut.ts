@@ -17,6 +17,7 @@ import {
   type PoolRecord,
   type VolumeRecord,
 } from '../model/records.ts';
+import { compactionOf } from '../model/segments.ts';
 import { slabsOf } from '../model/slabs.ts';
 import { cutHappened, cutOrdered } from '../model/snapshots.ts';
 import type { Snapshot } from '../store/store.ts';
@@ -72,6 +73,9 @@ export async function cutStep(
   if (grant.state === 'FREE') {
     if (cut.ordered && (await readWhetherCut(core, sessions, scene))) return;
     return await openForCut(core, sessions, scene);
+  }
+  if (core.read((tx) => isMaintenance(grant) && compactionOf(tx, volume) !== undefined)) {
+    throw new OrderFailed('UNREACHABLE', `Volume ${volume.name} is being compacted, and is cut right after.`);
   }
   if (isMaintenance(grant) && grant.state !== 'REVOKING') {
     return await orderMaintained(core, sessions, scene, seconds);

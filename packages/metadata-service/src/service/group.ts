@@ -5,6 +5,7 @@
 import { attemptFailed, abandonGroup, beginAttempt, cutsOf } from '../model/groups.ts';
 import { isMaintenance } from '../model/grant.ts';
 import { tables, type GroupRecord, type HostLife } from '../model/records.ts';
+import { compactionOf } from '../model/segments.ts';
 import { cutOrdered, type IsConnected } from '../model/snapshots.ts';
 import { HoldfastError } from '@holdfast/common';
 import type { Core } from './core.ts';
@@ -69,7 +70,14 @@ function scenesOf(core: Core, group: GroupRecord): CutScene[] {
 
 async function hold(core: Core, sessions: Sessions, group: GroupRecord): Promise<void> {
   for (const scene of scenesOf(core, group)) {
-    if (scene.volume.grant.state === 'FREE') await openForCut(core, sessions, scene);
+    const { volume } = scene;
+    if (core.read((tx) => isMaintenance(volume.grant) && compactionOf(tx, volume) !== undefined)) {
+      throw new OrderFailed(
+        'UNREACHABLE',
+        `Volume ${volume.name} is being compacted, and is cut right after.`,
+      );
+    }
+    if (volume.grant.state === 'FREE') await openForCut(core, sessions, scene);
   }
   const scenes = scenesOf(core, group);
   const open = scenes.filter(({ volume }) => !isMaintenance(volume.grant));

@@ -1,6 +1,6 @@
 /**
  * Knows a volume again that the database has lost, by its handle and context: a record on the pool wins; without one the volume
- * was never opened and holds nothing. The slabs of a record are found by their pages, region by region.
+ * was never opened and holds nothing of its own. The slabs of a record are found by their pages, region by region.
  */
 import { HoldfastError, parseVolumeContext, type VolumeContext } from '@holdfast/common';
 import type { VolumeRecordReading__Output } from '@holdfast/proto';
@@ -73,7 +73,13 @@ async function readDisk(
     const result = await sessions.order(host.nodeId, pool.uuid, order, timeoutMs);
     const record = result.volume_record;
     if (!record) throw new OrderFailed('INCOMPLETE', `The agent of ${host.nodeId} sent no volume record.`);
-    if (!record.found || record.state === 'deleted') return undefined;
+    if (!record.found) return undefined;
+    if (record.state === 'deleted') {
+      throw new HoldfastError(
+        'NOT_FOUND',
+        `Volume ${uuid} does not exist: its record on pool ${pool.name} says that it was deleted.`,
+      );
+    }
     return await withSlabs(core, sessions, pool, host.nodeId, fromReading(uuid, record));
   } catch (error) {
     if (!(error instanceof OrderFailed)) throw error;

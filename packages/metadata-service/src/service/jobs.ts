@@ -37,6 +37,8 @@ export interface Job {
   pool: PoolRecord;
   /** One of a kind on the pool. */
   what: string;
+  /** Who has to do it, as part of a grant of its own; undefined: any live host. */
+  life?: HostLife;
   timeoutMs: number;
   order: (generation: string) => OrderBody;
   /** Part of the transaction that ends the job. */
@@ -51,7 +53,7 @@ export async function runJob(core: Core, sessions: Sessions, job: Job): Promise<
   requireOurs(core, pool);
   const life = await assigned(core, sessions, job);
   if (!isLive(core, sessions, pool.uuid, life)) {
-    await fenceIfAway(core, sessions, pool, life, what);
+    if (job.life === undefined) await fenceIfAway(core, sessions, pool, life, what);
     throw new OrderFailed('UNREACHABLE', `${life.nodeId} has to answer about ${what} first, and is away.`);
   }
   try {
@@ -88,13 +90,13 @@ async function inTurn<T>(core: Core, poolUuid: string, body: () => Promise<T>): 
   }
 }
 
-async function assigned(core: Core, sessions: Sessions, { pool, what }: Job): Promise<HostLife> {
+async function assigned(core: Core, sessions: Sessions, { pool, what, life }: Job): Promise<HostLife> {
   const known = core.read((tx) => {
     const job = tables.job.get(tx, pool.uuid, what);
     return job !== undefined && !isOver(tx, pool.uuid, job.life) ? job.life : undefined;
   });
   if (known !== undefined) return known;
-  const candidate = lifeOf(anyLiveHost(core, sessions, pool));
+  const candidate = life ?? lifeOf(anyLiveHost(core, sessions, pool));
   return await core.decide((d) => assignJob(d, pool, what, candidate));
 }
 

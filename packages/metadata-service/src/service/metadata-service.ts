@@ -53,7 +53,7 @@ import type { Core } from './core.ts';
 import { Importer } from './import.ts';
 import type { Operations } from './operations.ts';
 import type { Sessions } from './sessions.ts';
-import { fenceProgress, refuseUnconfirmed, waitUntil } from './waiting.ts';
+import { afterWaiting, fenceProgress, refuseUnconfirmed, waitUntil } from './waiting.ts';
 import {
   accessMode,
   auditToWire,
@@ -85,12 +85,14 @@ export class MetadataApi {
     const log = this.#core.logger;
     return {
       CreateVolume: unary(log, 'CreateVolume', (request, context) => this.#createVolume(request, context)),
-      DeleteVolume: unary(log, 'DeleteVolume', async (request) => {
-        await this.#core.decide((d) =>
-          once(d, 'DeleteVolume', request, () => {
-            deleteVolume(d, request.uuid);
-            return null;
-          }),
+      DeleteVolume: unary(log, 'DeleteVolume', async (request, context) => {
+        await afterWaiting(this.#core, context, () =>
+          this.#core.decide((d) =>
+            once(d, 'DeleteVolume', request, () => {
+              deleteVolume(d, request.uuid);
+              return null;
+            }),
+          ),
         );
         return {};
       }),

@@ -4,6 +4,7 @@ import { isNameless } from '../model/layers.ts';
 import { tables, type HostState, type LayerRecord } from '../model/records.ts';
 import { countSlabs } from '../model/runs.ts';
 import { usedPercent } from '../model/usage.ts';
+import type { CompactionRun } from './compact.ts';
 import type { Core } from './core.ts';
 import type { Operations } from './operations.ts';
 import type { Sessions } from './sessions.ts';
@@ -19,6 +20,7 @@ const operationKinds = [
   'cut',
   'group',
   'strip',
+  'compact',
   'release',
   'remove',
   'usage',
@@ -35,6 +37,8 @@ export class Metrics {
   readonly calls: Histogram<'method' | 'code'>;
   readonly audited: Counter<'event'>;
   readonly cutHeld: Histogram;
+  readonly #compactions: Counter<'outcome'>;
+  readonly #movedBlocks: Counter;
 
   constructor(core: Core, sessions: Sessions, operations: Operations) {
     const registers = [this.#registry];
@@ -56,6 +60,17 @@ export class Metrics {
       name: 'holdfast_metadata_cut_held_seconds',
       help: 'How long writes of a volume waited while it was cut for a snapshot or a copy',
       buckets: [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1, 5],
+      registers,
+    });
+    this.#compactions = new Counter({
+      name: 'holdfast_metadata_compactions_total',
+      help: 'Orders to compact a volume by outcome: more (is left to move), complete, no-space, failed',
+      labelNames: ['outcome'],
+      registers,
+    });
+    this.#movedBlocks = new Counter({
+      name: 'holdfast_metadata_compaction_moved_blocks_total',
+      help: 'Blocks of 4096 bytes that compactions copied up into the writable layers of volumes',
       registers,
     });
     const gauge = <L extends string>(
@@ -172,6 +187,12 @@ export class Metrics {
         });
       },
     );
+  }
+
+  compacted(run: CompactionRun): void {
+    if (run === 'failed') return this.#compactions.inc({ outcome: 'failed' });
+    this.#compactions.inc({ outcome: run.complete ? 'complete' : run.noSpace ? 'no-space' : 'more' });
+    this.#movedBlocks.inc(Number(run.movedBlocks));
   }
 
   async text(): Promise<{ type: string; body: string }> {

@@ -1,13 +1,15 @@
 /**
  * Durable background operations. What has to be done is in the store (a host that is FENCING, a grant that is REVOKING, a
- * volume that is DELETING, slabs of a dead host, a pool that is not yet ours in this term, a cut, a strip, a layer that nothing
- * needs); this finds it, works on each thing once at a time, and tries again what failed. So a restart, a lost agent or a cut-off call loses no operation: they all
+ * volume that is DELETING, slabs of a dead host, a pool that is not yet ours in this term, a cut, a strip, a
+ * compaction, a layer that nothing needs); this finds it, works on each thing once at a time, and tries again what failed. So a restart, a lost agent or a cut-off call loses no operation: they all
  * go on from what the store says, and callers that repeat a call join by waiting for the store to change.
  */
+import type { CompactionPolicy } from '../model/compaction.ts';
 import { tables } from '../model/records.ts';
 import { reclaimable, type ReclaimWork } from '../model/reclaim.ts';
 import { noteUsage, thresholdOf } from '../model/usage.ts';
 import { claimPool } from './claim.ts';
+import { compact, type CompactionRun } from './compact.ts';
 import type { Core } from './core.ts';
 import { cutVolume } from './cut.ts';
 import { FenceOperation } from './fence.ts';
@@ -28,10 +30,18 @@ const maxWaiting = 256;
 /** How often layers that nothing names are looked at: there may be many, and nobody waits for them. */
 const reclaimIntervalMs = 500;
 export const defaultStripIntervalMs = 30_000;
+export const defaultCompactIntervalMs = 30_000;
+export const defaultCompactBelow = 0.75;
 
 export interface OperationsOptions {
   /** The volumes' folded layers are stripped at most this often while their writable layer changes. */
   stripIntervalMs?: number;
+  /** They are compacted into it at most this often. */
+  compactIntervalMs?: number;
+  /** And only when a smaller share of their slabs is live; 0: never. */
+  compactBelow?: number;
+  /** Told how each compaction ended. */
+  onCompact?: (run: CompactionRun) => void;
   /** Told for how long writes were held by each cut, in seconds. */
   onCut?: (seconds: number) => void;
 }
@@ -45,7 +55,9 @@ export class Operations {
   /** Why a cut is tried again, for people; by volume. */
   readonly #lastError = new Map<string, string>();
   readonly #stripIntervalMs: number;
+  readonly #policy: CompactionPolicy;
   readonly #onCut: (seconds: number) => void;
+  readonly #onCompact: (run: CompactionRun) => void;
   #nextReclaimMs = 0;
   #sweeper: Promise<void> | undefined;
 
@@ -53,7 +65,13 @@ export class Operations {
     this.#core = core;
     this.#sessions = sessions;
     this.#stripIntervalMs = options.stripIntervalMs ?? defaultStripIntervalMs;
+    this.#policy = {
+      below: options.compactBelow ?? defaultCompactBelow,
+      intervalMs: options.compactIntervalMs ?? defaultCompactIntervalMs,
+      isConnected: (nodeId) => sessions.isConnected(nodeId),
+    };
     this.#onCut = options.onCut ?? (() => undefined);
+    this.#onCompact = options.onCompact ?? (() => undefined);
   }
 
   start(): void {
@@ -172,10 +190,16 @@ export class Operations {
   #reclaim(poolUuid: string): void {
     const core = this.#core;
     const sessions = this.#sessions;
-    const { leaving, strips, works } = core.read((tx) => ({
+    const { leaving, strips, compacting, works } = core.read((tx) => ({
       leaving: tables.leaving.entries(tx, [poolUuid], { limit: maxWaiting }),
       strips: tables.strip.entries(tx, [poolUuid]).map(([parts]) => BigInt(parts[1] as string)),
-      works: reclaimable({ tx, pinned: (pool, id) => core.pinned(pool, id) }, poolUuid, core.clock.unixMs()),
+      compacting: tables.compacting.entries(tx, [poolUuid]).map(([parts]) => BigInt(parts[1] as string)),
+      works: reclaimable(
+        { tx, pinned: (pool, id) => core.pinned(pool, id) },
+        poolUuid,
+        core.clock.unixMs(),
+        this.#policy,
+      ),
     }));
     for (const [[, layer, sequence]] of leaving) {
       const key = [BigInt(layer as string), BigInt(sequence as string)] as const;
@@ -185,13 +209,19 @@ export class Operations {
     }
     const of = (type: ReclaimWork['type']): bigint[] =>
       works.filter((work) => work.type === type).map((work) => work.layerId);
-    if (of('remove').length > 0) this.#ensure(`remove ${poolUuid}`, () => removeLayers(core, poolUuid));
+    if (of('remove').length > 0)
+      this.#ensure(`remove ${poolUuid}`, () => removeLayers(core, poolUuid, this.#policy));
     for (const id of [...of('wipe'), ...of('tombstone')].slice(0, maxWaiting)) {
       this.#ensure(`wipe ${poolUuid}/${id}`, () => wipeLayer(core, sessions, poolUuid, id));
     }
     for (const id of [...strips, ...of('strip')].slice(0, maxWaiting)) {
       this.#ensure(`strip ${poolUuid}/${id}`, () =>
         strip(core, sessions, poolUuid, id, this.#stripIntervalMs),
+      );
+    }
+    for (const id of [...compacting, ...of('compact')].slice(0, maxWaiting)) {
+      this.#ensure(`compact ${poolUuid}/${id}`, () =>
+        compact(core, sessions, poolUuid, id, this.#policy, this.#onCompact),
       );
     }
   }

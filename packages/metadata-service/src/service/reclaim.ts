@@ -1,4 +1,6 @@
 /** Carries out what model/reclaim.ts decides: strips, the forgetting and wiping of slabs, the wiping of layers. */
+import { requirePool } from '../model/decision.ts';
+import type { CompactionPolicy } from '../model/compaction.ts';
 import {
   beginStrip,
   layerWiped,
@@ -9,10 +11,12 @@ import {
   stripEnded,
   stripOrder,
 } from '../model/reclaim.ts';
-import { removeFromChain, stillOut } from '../model/layers.ts';
+import { beginRelink, relinkEnded, removeFromChain, stillOut } from '../model/layers.ts';
 import { tables, type GrantRef, type LayerRecord, type PoolRecord, type SlabRun } from '../model/records.ts';
 import { slabsOf } from '../model/slabs.ts';
+
 import type { Core } from './core.ts';
+import { anyLiveHost } from './helpers.ts';
 import { runJob } from './jobs.ts';
 import { OrderFailed, type Sessions } from './sessions.ts';
 import { layerToWire, runFromWire, runToWire } from './wire.ts';
@@ -20,6 +24,7 @@ import { wipeTimeoutMs } from './wipe.ts';
 
 const forgetTimeoutMs = 30_000;
 const stripTimeoutMs = 300_000;
+const relinkTimeoutMs = 15_000;
 
 /** One strip of the segment below a head. Goes on with the one on record. */
 export async function strip(
@@ -34,7 +39,7 @@ export async function strip(
     core.read((tx) => stripOrder(tx, poolUuid, newestId)) ??
     (await core.decide((d) => beginStrip(d, poolUuid, newestId)));
   if (pool === undefined || order === undefined) return;
-  const wire = (layer: LayerRecord & { slabs: SlabRun[] }): object => layerToWire(layer, layer.slabs);
+  const wire = (layer: LayerRecord & { slabs: SlabRun[] }): object => asOnDisk(layer, layer.slabs);
   try {
     await runJob(core, sessions, {
       pool,
@@ -160,6 +165,54 @@ async function wipe(
   });
 }
 
+/** Jobs on a layer leave the parent in its record as it is. */
+function asOnDisk(layer: LayerRecord, slabs: readonly SlabRun[]): object {
+  return layerToWire({ ...layer, parentLayerId: layer.diskParentId }, slabs);
+}
+
+/**
+ * A strip without slabs writes the layer's record, with the parent that the order names. Whether it did is read from the disk: the
+ * slots of what the record named before are free only then.
+ */
+async function relink(core: Core, sessions: Sessions, pool: PoolRecord, layerId: bigint): Promise<void> {
+  const plan = await core.decide((d) => beginRelink(d, pool.uuid, layerId));
+  if (plan === undefined) return;
+  const what = `relink of layer ${layerId}`;
+  const { layer, parentId, head, witness } = plan;
+  try {
+    await runJob(core, sessions, {
+      pool,
+      what,
+      timeoutMs: relinkTimeoutMs,
+      order: (generation) => ({
+        strip_layers: {
+          victims: [layerToWire({ ...layer, parentLayerId: parentId }, [])],
+          covers: [layerToWire(head, [])],
+          generation,
+        },
+      }),
+      done: () => undefined,
+    });
+  } catch (error) {
+    const over = core.read((tx) => tables.job.get(tx, pool.uuid, what)) === undefined;
+    if (!(error instanceof OrderFailed) || !over) throw error;
+    core.logger.warn(
+      { pool: pool.uuid, layer: layerId.toString() },
+      `A layer keeps its parent: ${error.message}`,
+    );
+  }
+  const host = anyLiveHost(core, sessions, pool);
+  const order = { read_volume_record: { slot: witness.slot, volume_uuid: '' } };
+  const { volume_record: record } = await sessions.order(host.nodeId, pool.uuid, order, relinkTimeoutMs);
+  const ours = record?.found === true && record.volume_id === witness.volumeId.toString();
+  const named = ours
+    ? record.layers.find((one) => one.layer_id === layerId.toString())?.parent_layer_id
+    : undefined;
+  await core.decide((d) =>
+    relinkEnded(d, requirePool(d, pool.uuid), layerId, named === undefined ? undefined : BigInt(named)),
+  );
+}
+
 /** A layer that nothing needs, with all its slabs; or one that left its chain, without any: both leave a tombstone. */
 export async function wipeLayer(
   core: Core,
@@ -167,6 +220,13 @@ export async function wipeLayer(
   poolUuid: string,
   layerId: bigint,
 ): Promise<void> {
+  const before = core.read((tx) => ({
+    pool: tables.pool.get(tx, poolUuid),
+    layer: tables.layer.get(tx, poolUuid, layerId),
+  }));
+  if (before.pool !== undefined && before.layer?.removed?.wiped === false) {
+    await relink(core, sessions, before.pool, layerId);
+  }
   const found = core.read((tx) => ({
     pool: tables.pool.get(tx, poolUuid),
     layer: tables.layer.get(tx, poolUuid, layerId),
@@ -181,7 +241,7 @@ export async function wipeLayer(
     timeoutMs: wipeTimeoutMs,
     order: (generation) => ({
       wipe_layers: {
-        layers: [layerToWire({ ...layer, parentLayerId: layer.diskParentId }, slabs)],
+        layers: [asOnDisk(layer, slabs)],
         tombstone: true,
         generation,
       },
@@ -191,9 +251,9 @@ export async function wipeLayer(
 }
 
 /** Layers without slabs leave their chains: that needs nobody's help. */
-export async function removeLayers(core: Core, poolUuid: string): Promise<void> {
+export async function removeLayers(core: Core, poolUuid: string, policy: CompactionPolicy): Promise<void> {
   await core.decide((d) => {
-    for (const work of reclaimable(d, poolUuid, d.nowUnixMs)) {
+    for (const work of reclaimable(d, poolUuid, d.nowUnixMs, policy)) {
       if (work.type === 'remove') removeFromChain(d, poolUuid, work.layerId);
     }
   });

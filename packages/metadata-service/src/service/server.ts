@@ -44,6 +44,10 @@ export interface MetadataServiceOptions {
   overcommitLimit?: number;
   /** Folded layers below a volume's writable layer are stripped at most this often. */
   stripIntervalMs?: number;
+  /** They are compacted into it at most this often, */
+  compactIntervalMs?: number;
+  /** when a smaller share of their slabs is live; 0: never. */
+  compactBelow?: number;
 }
 
 export interface MetadataService {
@@ -84,6 +88,9 @@ export async function startMetadataService(options: MetadataServiceOptions): Pro
     const sessions = new Sessions(core);
     const operations: Operations = new Operations(core, sessions, {
       ...(options.stripIntervalMs === undefined ? {} : { stripIntervalMs: options.stripIntervalMs }),
+      ...(options.compactIntervalMs === undefined ? {} : { compactIntervalMs: options.compactIntervalMs }),
+      ...(options.compactBelow === undefined ? {} : { compactBelow: options.compactBelow }),
+      onCompact: (run) => metrics.compacted(run),
       onCut: (seconds) => metrics.cutHeld.observe(seconds),
     });
     const metrics: Metrics = new Metrics(core, sessions, operations);

@@ -1,5 +1,6 @@
 /** Calls that answer when something durable has ended: they look at the store, wait for it to change, and look again. */
 import { HoldfastError, type CallContext } from '@holdfast/common';
+import { MustWait } from '../model/grants.ts';
 import { tables, type HostRecord } from '../model/records.ts';
 import type { Core } from './core.ts';
 import type { Operations } from './operations.ts';
@@ -39,6 +40,27 @@ export async function waitUntil<T>(
       );
     }
     await core.nextChange(Math.min(left, 1000), context.signal);
+  }
+}
+
+/** Repeats what has to wait for something that ends by itself, when that has ended. */
+export async function afterWaiting<T>(
+  core: Core,
+  context: CallContext,
+  attempt: () => Promise<T>,
+): Promise<T> {
+  for (;;) {
+    try {
+      return await attempt();
+    } catch (error) {
+      if (!(error instanceof MustWait)) throw error;
+      await waitUntil(
+        core,
+        context,
+        () => (core.read(error.isOver) ? true : undefined),
+        () => error.message.replace(/\.$/, ''),
+      );
+    }
   }
 }
 

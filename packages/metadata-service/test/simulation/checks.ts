@@ -3,7 +3,7 @@ import { tables, type AuditEntry, type GrantRecord, type SnapshotRecord } from '
 import { chainOf, isNameless } from '../../src/model/layers.ts';
 import { freeRuns, regionCount, slabsOf } from '../../src/model/slabs.ts';
 import { layerToWire } from '../../src/service/wire.ts';
-import { contentOf, difference, mapOf, type OpenVolume, type Page } from './data.ts';
+import { chainOnDisk, contentOf, difference, mapOf, type OpenVolume, type Page } from './data.ts';
 import type { Engine, World } from './world.ts';
 import { drainMs, poolUuid, slabCount } from './world.ts';
 
@@ -179,6 +179,26 @@ export class Checks {
     });
   }
 
+  /**
+   * Invariants 6 and 8: from every volume record the chain can be followed on the disk, through tombstones, and it has every layer
+   * that has slabs: no slot is used again while a record names the layer that had it.
+   */
+  checkChains(): void {
+    const { disk } = this.#world;
+    this.#world.store.read((tx) => {
+      for (const [uuid, record] of disk.records) {
+        try {
+          const onDisk = new Set(chainOnDisk(disk.layers, record.top).map((layer) => layer.layerId));
+          for (const { layerId, slabCount: slabs } of chainOf(tx, poolUuid, record.top)) {
+            if (slabs > 0 && !onDisk.has(layerId)) throw new Error(`layer ${layerId} is not in the chain`);
+          }
+        } catch (error) {
+          this.#world.violated(`the records of ${uuid}: ${String(error)}`);
+        }
+      }
+    });
+  }
+
   /** No member of a group has a write that began after one was acknowledged that another member does not have. */
   #checkGroup(members: readonly SnapshotRecord[]): void {
     const moments = members.map((one) => ({ name: one.name, ...this.#world.moments.get(one.layerId) }));
@@ -198,6 +218,7 @@ export class Checks {
       const rest = {
         cuts: tables.cutting.list(tx).length,
         groups: tables.grouping.entries(tx).length,
+        compacting: tables.compacting.list(tx).length,
         leaving: tables.leaving.list(tx).length,
         deleting: tables.deleting.entries(tx).length,
         revoking: tables.revoking.entries(tx).length,
@@ -211,7 +232,9 @@ export class Checks {
         const children = layers.filter(
           (one) => one.removed === null && one.parentLayerId === layer.layerId,
         ).length;
-        const onDisk = layers.filter((one) => one.diskParentId === layer.layerId).length;
+        const onDisk = layers
+          .flatMap((one) => [one.diskParentId, one.diskParentNext])
+          .filter((parentId) => parentId === layer.layerId).length;
         if ((layer.removed === null && children !== layer.children) || onDisk !== layer.diskChildren) {
           this.#world.violated(
             `layer ${layer.layerId} counts ${layer.children} and ${layer.diskChildren} above it, there are ${children} and ${onDisk}`,

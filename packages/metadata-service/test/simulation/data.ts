@@ -21,6 +21,30 @@ export interface RecordOnDisk {
   top: bigint;
 }
 
+/** A layer record. */
+export interface LayerOnDisk {
+  layerId: bigint;
+  parentId: bigint;
+  deleted: boolean;
+}
+
+/** Layer records by slot. */
+export type LayerTable = ReadonlyMap<number, LayerOnDisk>;
+
+/** A chain from a layer down as the records have it, tombstones passed over. @throws when a parent has no record */
+export function chainOnDisk(table: LayerTable, topId: bigint): LayerOnDisk[] {
+  const byId = new Map([...table.values()].map((record) => [record.layerId, record]));
+  const chain: LayerOnDisk[] = [];
+  for (let id = topId, steps = 0; id !== 0n; steps++) {
+    const record = byId.get(id);
+    if (record === undefined || steps > table.size)
+      throw new Error(`layer ${id} below ${topId} has no record`);
+    if (!record.deleted) chain.push(record);
+    id = record.parentId;
+  }
+  return chain;
+}
+
 /** Blocks that a slab has room for: few, so that chains get slabs. */
 export const blocksPerSlab = 3;
 /** Logical blocks of every volume. */
@@ -35,8 +59,10 @@ export interface OpenVolume {
   readonly readOnly: boolean;
   /** Opened for a cut only: nobody writes. */
   readonly hasDevice: boolean;
-  /** Its writable layer. */
+  /** Its writable layer, the slot of that one's record, and what it stands on as far as the engine knows. */
   layerId: bigint;
+  layerSlot: number;
+  parentId: bigint;
   open: boolean;
   inFlight: number;
   /** New writes wait for a cut. */
@@ -117,6 +143,8 @@ export function openFrom(disk: Blocks, grant: Grant, hasDevice: boolean): OpenVo
     readOnly: grant.read_only === true,
     hasDevice,
     layerId: BigInt(String(top?.layer_id)),
+    layerSlot: top?.slot ?? 0,
+    parentId: BigInt(String(top?.parent_layer_id)),
     open: true,
     inFlight: 0,
     held: false,

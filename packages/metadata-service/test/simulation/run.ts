@@ -6,6 +6,8 @@ import { poolUuid, World, type SimClass, type SimNode } from './world.ts';
 
 const stormMs = 8 * 60_000;
 const quietMs = 6 * 60_000;
+/** Nothing changes any more for as long as this. What failed before may be tried once more. */
+const stillMs = 60_000;
 const volumes = 5;
 
 export interface Outcome {
@@ -21,6 +23,8 @@ export interface Outcome {
   forgotten: number;
   slabsWiped: number;
   reads: number;
+  moved: number;
+  maintained: number;
   snapshotsRead: number;
   groupsRead: number;
 }
@@ -43,6 +47,7 @@ export async function simulate(seed: number, fencing: SimClass): Promise<Outcome
   every(world, 20_000, 0, () => {
     checks.checkSlabs();
     checks.checkSnapshots();
+    checks.checkChains();
   });
 
   await world.clock.run(stormMs, () => checks.afterStep());
@@ -57,7 +62,10 @@ export async function simulate(seed: number, fencing: SimClass): Promise<Outcome
   if (!snapshots.done) world.violated(`the snapshots did not come to an end: ${snapshots.doing}`);
   checks.checkSlabs();
   checks.checkSnapshots();
+  checks.checkChains();
   checks.checkSettled();
+  const late = world.compactionsMs.filter((at) => at > stormMs + quietMs - stillMs).length;
+  if (late > volumes) world.violated(`${late} compactions were ordered when nobody used a volume any more`);
   await world.stopService();
   return {
     violations: world.violations,
@@ -71,6 +79,8 @@ export async function simulate(seed: number, fencing: SimClass): Promise<Outcome
     forgotten: world.forgotten,
     slabsWiped: world.slabsWiped,
     reads: world.reads,
+    moved: world.moved,
+    maintained: world.maintained,
     snapshotsRead: checks.snapshotsRead,
     groupsRead: checks.groupsRead,
   };

@@ -9,6 +9,7 @@ import { Metadata, type ServerDuplexStream, type handleUnaryCall } from '@grpc/g
 import { createLogger, fromServiceError, HoldfastError, type Logger } from '@holdfast/common';
 import type {
   AgentMessage__Output,
+  CompactVolume,
   CutVolumes,
   Grant,
   HostRef,
@@ -27,11 +28,13 @@ import { VirtualClock } from './clock.ts';
 import {
   blocksPerSlab,
   blocksPerVolume,
+  chainOnDisk,
   contentOf,
   difference,
   openFrom,
   pagesOf,
   type Content,
+  type LayerOnDisk,
   type OpenVolume,
   type Page,
   type RecordOnDisk,
@@ -43,6 +46,7 @@ export const renewMs = 2000;
 export const drainMs = 1000;
 export const slabCount = 640;
 export const stripIntervalMs = 5000;
+export const compactIntervalMs = 5000;
 export const poolUuid = '00000000-0000-4000-8000-00000000000a';
 
 type SessionHandler = (stream: ServerDuplexStream<AgentMessage__Output, ServiceMessage>) => void;
@@ -54,6 +58,7 @@ export class SimDisk {
   readonly heartbeats = new Map<number, { state: string; generation: bigint; sequence: bigint }>();
   readonly fenced = new Set<string>();
   readonly records = new Map<string, RecordOnDisk>();
+  readonly layers = new Map<number, LayerOnDisk>();
   readonly pages = new Map<number, Page>();
   readonly data = new Map<number, Map<number, number>>();
   /** Who holds a lock path: engines whose process or I/O lives. */
@@ -117,6 +122,10 @@ export class World {
   forgotten = 0;
   slabsWiped = 0;
   reads = 0;
+  /** Blocks that compactions moved, orders to compact a closed volume, and when orders came. */
+  moved = 0;
+  maintained = 0;
+  readonly compactionsMs: number[] = [];
   #handlers: Record<string, handleUnaryCall<object, object>> = {};
   #session: SessionHandler | undefined;
   #operations: Operations | undefined;
@@ -146,7 +155,7 @@ export class World {
       newId: () => this.id(),
     });
     const sessions = new Sessions(core);
-    const operations = new Operations(core, sessions, { stripIntervalMs });
+    const operations = new Operations(core, sessions, { stripIntervalMs, compactIntervalMs });
     const agents = new AgentsApi(core, sessions).handlers();
     this.#session = agents.Session;
     this.#handlers = { ...new MetadataApi(core, sessions, operations).handlers(), ...agents } as never;
@@ -461,7 +470,7 @@ export class SimNode {
     for (const uuid of engine.volumes.keys()) {
       if (!this.wanted.has(uuid)) this.#once(`volume ${uuid}`, () => this.#close(engine, uuid));
     }
-    if (engine.volumes.size > 0 && engine.stock.length < 3) this.#once('slabs', () => this.#allocate(engine));
+    if (engine.stock.length < 3) this.#once('slabs', () => this.#allocate(engine));
     this.#once('reports', () => this.#report(engine));
   }
 
@@ -584,6 +593,14 @@ export class SimNode {
       world.violated(
         `${this.nodeId} opens ${uuid} under ${epoch}: the grant names layer ${top}, the record ${record.top}`,
       );
+    }
+    const { slot = 0, parent_layer_id } = grant.layers?.[0] ?? {};
+    if (record === undefined) {
+      world.disk.layers.set(slot, {
+        layerId: top,
+        parentId: BigInt(String(parent_layer_id)),
+        deleted: false,
+      });
     }
     world.disk.records.set(uuid, {
       volumeId: String(grant.volume_id),
@@ -913,7 +930,11 @@ export class SimNode {
           state: record.state,
           epoch: record.epoch.toString(),
           top_layer_id: record.top.toString(),
-          layers: [],
+          layers: chainOnDisk(disk.layers, record.top).map(({ layerId, parentId }) => ({
+            layer_id: layerId.toString(),
+            parent_layer_id: parentId.toString(),
+            size_bytes: String(1 << 30),
+          })),
         },
       };
     }
@@ -923,6 +944,7 @@ export class SimNode {
       return {};
     }
     if (order.cut_volumes) return await this.#cut(engine, order.cut_volumes);
+    if (order.compact_volume) return await this.#compact(engine, order.compact_volume);
     if (order.forget_slabs) {
       const slabs = (order.forget_slabs.slabs ?? []).flatMap((run) =>
         Array.from({ length: run.count ?? 0 }, (_, n) => Number(run.first) + n),
@@ -1013,7 +1035,7 @@ export class SimNode {
       while (volume.inFlight > 0) await clock.sleep(10);
       await clock.sleep(this.world.rng.below(50));
       const failed = !usable() || expired();
-      if (!failed && !isDone(one)) this.#commit(volume, BigInt(String(one.top?.layer_id)));
+      if (!failed && !isDone(one)) this.#commit(volume, one.top ?? {});
       if (!this.#holds.has(cutId) || this.world.rng.chance(0.5)) volume.held = false;
       if (failed) return { error_code: 'HF_HOLD_EXPIRED', error_message: 'not any more.' };
       if (one.grant) {
@@ -1035,8 +1057,13 @@ export class SimNode {
   }
 
   /** The volume record that names the new top: from now on the old one is frozen. */
-  #commit(volume: OpenVolume, top: bigint): void {
+  #commit(volume: OpenVolume, layer: Layer): void {
     const { world } = this;
+    const top = BigInt(String(layer.layer_id));
+    const { layerId, parentId, layerSlot } = volume;
+    world.disk.layers.set(layerSlot, { layerId, parentId, deleted: false });
+    world.disk.layers.set(layer.slot ?? 0, { layerId: top, parentId: layerId, deleted: false });
+    Object.assign(volume, { parentId: layerId, layerSlot: layer.slot ?? 0 });
     const record = world.disk.records.get(volume.uuid) as RecordOnDisk;
     world.cuts += 1;
     world.frozen.set(volume.layerId, new Map(world.contents.get(volume.uuid)));
@@ -1051,6 +1078,104 @@ export class SimNode {
     }
     volume.own = new Map();
     volume.layerId = top;
+  }
+
+  // ---------------------------------------------------------------------------------------------- compaction
+
+  /** Moves some of what the sources answer for; a slab in five is one that the rule leaves alone. */
+  async #compact(engine: Engine, order: CompactVolume): Promise<Partial<OrderResult>> {
+    const { world } = this;
+    const { disk, clock, rng } = world;
+    const uuid = order.volume_uuid ?? '';
+    const epoch = BigInt(String(order.epoch));
+    if (String(order.generation) !== engine.generation.toString())
+      return { error_code: 'STALE', error_message: 'another life was meant.' };
+    world.compactionsMs.push(clock.monotonicMs());
+    if (order.grant && !engine.volumes.has(uuid)) {
+      if ((this.#revoked.get(uuid) ?? -1n) >= epoch || !this.#claimRecord(order.grant))
+        return { error_code: 'STALE', error_message: 'a newer epoch is known.' };
+      engine.volumes.set(uuid, this.#opened(order.grant, false));
+      world.maintained += 1;
+    }
+    const volume = engine.volumes.get(uuid);
+    const usable = (): boolean =>
+      volume?.epoch === epoch &&
+      volume.open &&
+      engine.volumes.get(uuid) === volume &&
+      engine.canSubmit(clock.monotonicMs());
+    if (volume === undefined || !usable())
+      return { error_code: 'UNKNOWN_VOLUME', error_message: 'not open here.' };
+    let complete = true;
+    let noSpace = false;
+    let moved = 0;
+    const most = 1 + rng.below(6);
+    for (const [slab, page] of (order.sources ?? []).flatMap((layer) => pagesOf(disk, layer))) {
+      for (const block of slab % 5 === 0 ? [] : page.blocks) {
+        if (volume.map.get(block) !== slab) continue;
+        const place = moved < most && !volume.held && !volume.busy.has(block) && usable();
+        if (!place) complete = false;
+        else if (await this.#move(engine, volume, block, slab)) moved += 1;
+        else noSpace = true;
+      }
+    }
+    if (!usable()) return { error_code: 'HF_IO', error_message: 'not any more.' };
+    if (order.grant) {
+      const claimed = volume.unreported.map((one) => claim(volume.volumeId, one));
+      if (claimed.length > 0) await world.repeated('ReportSlabs', { host: engine.host, claimed }, usable);
+      volume.unreported = [];
+      if (!usable()) return { error_code: 'HF_IO', error_message: 'it cannot be closed.' };
+      this.#closeRecord(volume);
+      engine.volumes.delete(uuid);
+    }
+    return {
+      compact: {
+        volume_uuid: uuid,
+        moved_blocks: String(moved),
+        complete: complete && !noSpace,
+        no_space: noSpace,
+        epoch: epoch.toString(),
+      },
+    };
+  }
+
+  /** Reads a block and writes it to the top, as one I/O that cuts and revocations wait for. False: there is no room. */
+  async #move(engine: Engine, volume: OpenVolume, block: number, slab: number): Promise<boolean> {
+    const { world } = this;
+    const { disk } = world;
+    const target = this.#place(engine, volume, block);
+    if (target === undefined) return false;
+    const { layerId } = volume;
+    const { generation } = volume.own.get(target) as { generation: bigint };
+    volume.busy.add(block);
+    volume.inFlight += 1;
+    await this.#land(engine, 100, () => {
+      const version = disk.data.get(slab)?.get(block);
+      if (version === undefined) {
+        world.violated(
+          `${this.nodeId} compacts block ${block} of ${volume.uuid} out of slab ${slab}, which is wiped`,
+        );
+        return;
+      }
+      world.checkWrite(engine, volume);
+      const before = disk.pages.get(target);
+      const page = before ?? { layerId, generation, blocks: new Set<number>() };
+      if (page.layerId !== layerId || page.generation !== generation) {
+        world.violated(`slab ${target} is written for layer ${layerId} while layer ${page.layerId} has it`);
+        return;
+      }
+      if (before === undefined) {
+        disk.pages.set(target, page);
+        disk.data.set(target, new Map());
+        volume.unreported.push({ slab: target, generation, layerId });
+      }
+      page.blocks.add(block);
+      disk.data.get(target)?.set(block, version);
+      volume.map.set(block, target);
+      world.moved += 1;
+    });
+    volume.busy.delete(block);
+    volume.inFlight -= 1;
+    return true;
   }
 
   #forget(engine: Engine, uuid: string, epoch: string, slabs: readonly number[]): Partial<OrderResult> {
@@ -1079,7 +1204,10 @@ export class SimNode {
           strip: await this.#strip(engine, order.strip_layers.victims ?? [], order.strip_layers.covers ?? []),
         };
       }
-      await this.#wipe(engine, order.wipe_layers?.layers ?? order.wipe_volume?.layers ?? []);
+      const layers = order.wipe_layers?.layers ?? order.wipe_volume?.layers ?? [];
+      await this.#wipe(engine, layers);
+      if (order.wipe_layers?.tombstone !== false)
+        for (const layer of layers) this.#changeRecord(layer, { deleted: true });
       if (order.wipe_volume) this.#deleteRecord(order.wipe_volume);
       return {};
     } catch (error) {
@@ -1099,8 +1227,11 @@ export class SimNode {
       covers.flatMap((layer) => pagesOf(disk, layer).flatMap(([, page]) => [...page.blocks])),
     );
     const emptied: object[] = [];
+    const uses: object[] = [];
     let cleared = 0;
+    await this.#mayGoOn(engine);
     for (const victim of victims) {
+      this.#changeRecord(victim, { parentId: BigInt(String(victim.parent_layer_id)) });
       const mine = pagesOf(disk, victim);
       const blocks = mine.flatMap(([, page]) => [...page.blocks]);
       for (const [slab, page] of mine) {
@@ -1123,8 +1254,16 @@ export class SimNode {
         }
       }
       for (const block of blocks) covered.add(block);
+      const live = mine.reduce((sum, [, page]) => sum + page.blocks.size, 0);
+      uses.push({ layer_id: String(victim.layer_id), live_blocks: String(live), slabs: '0' });
     }
-    return { emptied, cleared_blocks: String(cleared), uses: [] };
+    return { emptied, cleared_blocks: String(cleared), uses };
+  }
+
+  /** If the slot still has the record of this layer. */
+  #changeRecord(layer: Layer, change: Partial<LayerOnDisk>): void {
+    const record = this.world.disk.layers.get(layer.slot ?? 0);
+    if (record?.layerId === BigInt(String(layer.layer_id))) Object.assign(record, change);
   }
 
   async #wipe(engine: Engine, layers: readonly Layer[]): Promise<void> {
