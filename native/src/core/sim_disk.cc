@@ -62,7 +62,8 @@ void SimDisk::submit(IoRequest* request) {
   HF_ASSERT(request->op == IoOp::kFlush || request->offset + request->length <= size_bytes_);
   HF_ASSERT(request->offset % kBlockSize == 0 && request->length % kBlockSize == 0);
   if (watcher_) watcher_(*request);
-  flights_.push_back({request, sequence_});
+  const bool slow = request->op == IoOp::kRead && slow_reads_ > 0 && random_.chance(slow_reads_);
+  flights_.push_back({request, sequence_, slow ? completed_ + random_.below(600) : 0});
   if (is_boundary(*request)) boundary();
 }
 
@@ -139,7 +140,9 @@ void SimDisk::carry_out(const IoRequest& request, uint64_t submitted, uint32_t p
 
 void SimDisk::complete_one() {
   HF_ASSERT(!flights_.empty());
-  const size_t at = random_.below(flights_.size());
+  completed_++;
+  size_t at = random_.below(flights_.size());
+  for (int tries = 0; tries < 8 && flights_[at].due > completed_; tries++) at = random_.below(flights_.size());
   const Flight flight = flights_[at];
   flights_[at] = flights_.back();
   flights_.pop_back();

@@ -1,6 +1,7 @@
 // A disk that forgets: the fault model of the crash test (STYLE: written down at the top).
 //
-//   - Requests complete in any order, when the simulation says so. Writes in flight have no order among each other.
+//   - Requests complete in any order, when the simulation says so, and some reads very late. Writes in flight have no order
+//     among each other.
 //   - A completed write is in the volatile cache. It is durable only by FUA, or by a flush submitted after its
 //     completion. A flush promises nothing about writes that were still in flight when it was submitted.
 //   - A power cut decides for each 4 KiB block on its own which of its versions since the last durable one survives,
@@ -72,6 +73,8 @@ class SimDisk final : public BlockDevice {
     blown_ = false;
   }
   bool fuse_blown() const { return blown_; }
+  // Per mille of reads that stay in flight for long, while others overtake them.
+  void set_slow_reads(uint32_t per_mille) { slow_reads_ = per_mille; }
   // Called with each request as it is submitted.
   void set_watcher(std::function<void(const IoRequest&)> watcher) { watcher_ = std::move(watcher); }
   // The process that submitted is dead: each write in flight lands or does not, and from now on every request fails
@@ -104,6 +107,7 @@ class SimDisk final : public BlockDevice {
   struct Flight {
     IoRequest* request;
     uint64_t sequence;  // of the last applied write when this was submitted
+    uint64_t due;       // not before so many requests have been completed, unless nothing else is in flight
   };
   static Content content_of(const std::byte* memory);
   static void render(const Content& content, std::byte* to);
@@ -130,6 +134,8 @@ class SimDisk final : public BlockDevice {
   uint64_t sequence_ = 1;
   uint32_t errors_ = 0;
   uint32_t page_errors_ = 0;
+  uint32_t slow_reads_ = 0;
+  uint64_t completed_ = 0;
   uint32_t fuse_ = 0;
   bool blown_ = false;
   std::function<void(const IoRequest&)> watcher_;

@@ -26,6 +26,7 @@ Copies World::newest_page(uint64_t slab, SlabPage* page) const {
 void World::submitted(const IoRequest& request) {
   if (ignoring || request.op == IoOp::kRead || request.op == IoOp::kFlush) return;
   if (request.op == IoOp::kWrite && is_page(request.offset)) {
+    page_writes++;
     for (uint64_t at = 0; at < request.length; at += kBlock) check_overwrite(request.offset + at);
     return;
   }
@@ -200,8 +201,8 @@ void World::add_coverage(const LayerSpec& of, Coverage* to) const {
     }
   }
 }
-// After a strip nothing is left in the layer's pages of what newer layers had covered before it began; only ranges of holes
-// keep whole chunks, and those that are covered only in their middle.
+// After a strip nothing is left in the layer's pages of what newer layers had covered before it began, and their copies are
+// equal; only ranges of holes keep whole chunks, and those that are covered only in their middle.
 void World::check_stripped(const LayerSpec& victim, const Coverage& covered) const {
   const auto mask_of = [&](uint32_t chunk) {
     const auto found = covered.find(chunk);
@@ -213,10 +214,9 @@ void World::check_stripped(const LayerSpec& victim, const Coverage& covered) con
   };
   for (const SlabRun& run : victim.slabs) {
     SlabPage page;
-    if (!newest_page(run.first, &page).valid() || page.layer_id != victim.layer_id ||
-        page.generation != run.generation) {
-      continue;
-    }
+    const Copies copies = newest_page(run.first, &page);
+    if (!copies.valid() || page.layer_id != victim.layer_id || page.generation != run.generation) continue;
+    if (!copies.equal) fail("slab " + std::to_string(run.first) + " was stripped in one copy of its page only");
     for (const SlabEntry& entry : page.entries) {
       if (entry.logical_chunk == format::kNoChunk) continue;
       if (((entry.data | entry.zero) & mask_of(entry.logical_chunk)) != 0) wrong_chunk(entry.logical_chunk);

@@ -209,7 +209,10 @@ void World::strip_in_a_storm() {
   std::vector<SimVolume*> found;
   for (SimVolume* one : in_state(SimVolume::State::kOpen)) {
     const uint64_t parent = layer(one->top).spec.parent_layer_id;
-    if (one->cut == nullptr && parent != 0 && is_folded(layer(parent))) found.push_back(one);
+    if (one->cut != nullptr || parent == 0 || !is_folded(layer(parent))) continue;
+    Coverage left;
+    add_coverage(chain_of(parent)[0], &left);
+    if (!left.empty()) found.push_back(one);
   }
   if (found.empty()) return;
   SimVolume& one = *found[random.below(found.size())];
@@ -218,16 +221,20 @@ void World::strip_in_a_storm() {
   strip(layer(one.top).spec.parent_layer_id);
   if (crash_due() || one.state != SimVolume::State::kOpen || one.cut != nullptr) return;
   disk.set_fuse(0);
-  for (uint64_t count = 1 + random.below(4); count > 0; count--) random_operation(one);
-  for (uint64_t steps = random.below(60); steps > 0 && step(); steps--) {
+  for (uint64_t count = random.below(3); count > 0; count--) random_operation(one);
+  start(one, VolumeOp::kWrite, 0, std::min<uint64_t>(one.size_blocks, 24 * kBlocksPerChunk), false);
+  for (uint64_t steps = 300; steps > 0 && !operations.empty() && step(); steps--) {
   }
   start(one, VolumeOp::kFlush, 0, 0, false);
-  for (uint64_t steps = random.below(40); steps > 0 && step(); steps--) {
+  const uint64_t before = page_writes;
+  for (uint64_t steps = 300; steps > 0 && page_writes == before && step(); steps--) {
+  }
+  for (uint64_t steps = random.below(10); steps > 0 && step(); steps--) {
   }
   if (random.chance(600)) stop_volume(one, false);
   const uint64_t newest = layer(one.top).spec.parent_layer_id;
   if (!may_strip(layer(newest))) return;
-  disk.set_fuse(1 + static_cast<uint32_t>(random.below(16)));
+  disk.set_fuse(1 + static_cast<uint32_t>(random.below(random.chance(700) ? 6 : 20)));
   strip(newest);
   while (!crash_due() && step()) {
   }
@@ -337,6 +344,7 @@ void World::wipe_leaving(uint64_t number) {
   result.wipes++;
   free_slabs(gone.runs);
   leaving.remove_if([&](const Leaving& l) { return l.number == number; });
+  for (const SlabRun& run : gone.runs) wiped.insert(run.first);
 }
 
 // ---- layers and volumes that go

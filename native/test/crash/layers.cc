@@ -25,6 +25,9 @@ void World::slab_claimed(uint64_t volume_id, uint64_t owner, uint64_t slab, uint
   check_claimed(slab, owner);
   info.where = SlabInfo::Where::kLayer;
   info.layer = owner;
+  // Whoever takes over now must not take it for its own again.
+  const bool was_wiped = wiped.erase(slab) > 0;
+  if (was_wiped && aimed.at == CrashAim::At::kNowhere && random.chance(400)) kill_due = now + random.below(20);
 }
 
 void World::slab_emptied(uint64_t volume_id, uint64_t owner, uint64_t slab, uint64_t generation) {
@@ -342,6 +345,7 @@ void World::cut_happened(SimVolume& one, bool answered) {
   frozen.spec.frozen = true;
   frozen.spec.size_bytes = cut.view.size_bytes;
   frozen.named = cut.named;
+  frozen.lineage = one.lineage;
   frozen.view = std::make_unique<FrozenView>(std::move(cut.view));
   attach(cut.top);
   layer(cut.top.layer_id).is_top = true;
@@ -442,10 +446,8 @@ void World::make_clone() {
   set_errors();
   const auto& values = source.view->values;
   SimVolume& one = add_volume(values.size() + (random.chance(300) ? random.below(40) : 0), source.spec.layer_id);
-  for (uint64_t b = 0; b < values.size(); b++) {
-    one.cells[b] = settled_cell(values[b][0]);
-    if (values[b][0] != 0) one.lineage.insert(values[b][0] >> 56);
-  }
+  for (uint64_t b = 0; b < values.size(); b++) one.cells[b] = settled_cell(values[b][0]);
+  one.lineage.insert(source.lineage.begin(), source.lineage.end());
   result.clones++;
   log("volume %llu is made from layer %llu", ull(one.id), ull(source.spec.layer_id));
 }

@@ -268,6 +268,7 @@ void World::draw() {
   again_chance = random.chance(300) ? 0 : static_cast<uint32_t>(random.below(800));
   error_chance = random.chance(300) ? 5 + random.below(random.chance(300) ? 250 : 60) : 0;
   page_error_chance = random.chance(500) ? error_chance : 100 + random.below(600);
+  disk.set_slow_reads(random.chance(600) ? 0 : 100 + static_cast<uint32_t>(random.below(500)));
   if (aimed.at != CrashAim::At::kNowhere) {
     aim_chance = 0;
     crash_chance = 0;
@@ -318,6 +319,11 @@ void World::run() {
       errors_on = !errors_on;
       set_errors();
       log("disk errors %s", errors_on ? "on" : "off");
+    }
+    if (kill_due != 0 && now >= kill_due) {
+      kill_due = 0;
+      crash(false);
+      continue;
     }
     if (random.chance(static_cast<uint32_t>(crash_chance))) {
       crash(random.below(1000) >= kill_share);

@@ -122,6 +122,7 @@ struct Layer {
   bool wiped = false;
   std::vector<GrantRef> waiting;  // removed: grants that know it
   std::unique_ptr<FrozenView> view;
+  std::set<uint64_t> lineage;  // ids of the volumes whose values it and those below may show
 };
 
 // Slabs that have left a layer and are wiped when nobody can map them any more.
@@ -336,6 +337,9 @@ struct World final : VolumeObserver {
   bool errors_on = false;
   bool damaged = false;
   bool job_running = false;
+  uint64_t kill_due = 0;  // when the engine is killed at the latest; 0: nobody said
+  uint64_t page_writes = 0;
+  std::set<uint64_t> wiped;  // slabs that left a layer, were wiped, and are nobody's yet
   std::set<std::string> unnamed;  // damaged pages of which no event has spoken yet
 
   // Drawn for the run.
