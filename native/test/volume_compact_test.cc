@@ -636,6 +636,29 @@ TEST(VolumeCompact, WithHardlyAnyRoomForPageImagesItStillEnds) {
   }
 }
 
+TEST(VolumeCompact, WherePagesCanNotBeWrittenItGivesUpInsteadOfWaitingForRoomForImages) {
+  CompactBench bench(8 * kMiB, 200);
+  bench.arena_memory = ArenaMemory(PageArena::kMinimumBytes);
+  bench.chunks_per_slab = 2;
+  ASSERT_TRUE(bench.open().ok());
+  for (uint64_t at = 0; at < 100; at += 10) ASSERT_EQ(bench.write(at * kChunk, 10 * kChunk, 1), 0);
+  ASSERT_TRUE(bench.cut().ok());
+  bench.errors.set_judge([&](const IoRequest& request) {
+    const bool claim = request.fua;  // slabs can be had
+    return request.op == IoOp::kWrite && !is_data(bench, request) && !claim ? ErrorDevice::Verdict{EIO, false}
+                                                                            : ErrorDevice::Verdict{};
+  });
+  auto answer = bench.start_compact(bench.sources());
+  bench.finish(*answer);
+  EXPECT_EQ(answer->status.code, Code::kIo) << answer->status.message;
+  bench.errors.set_judge(nullptr);
+  EXPECT_TRUE(bench.reads(0, 100 * kChunk, 1));
+  const auto again = bench.compact(bench.sources());
+  EXPECT_TRUE(again.status.ok() && again.report.complete) << again.status.message;
+  ASSERT_TRUE(bench.reopen().ok());
+  EXPECT_TRUE(bench.reads(0, 100 * kChunk, 1));
+}
+
 // ---- beside other calls
 
 TEST(VolumeCompact, OneAtATimeAndOnlyWhereWritesAreNeitherHeldNorForbidden) {
