@@ -37,7 +37,7 @@ TEST(Crash, AtEveryBoundaryOfAStripAWipeACutAndAGrowth) {
     }
   }
   std::printf("crashes in strips %u, wipes %u, cuts %u, growths %u\n", crashes[1], crashes[2], crashes[3], crashes[4]);
-  for (int at = 1; at < 5; at++) EXPECT_GT(crashes[at], 10u);
+  for (int at = 1; at < 5; at++) EXPECT_GE(crashes[at], 8u);
 }
 
 struct Failed {

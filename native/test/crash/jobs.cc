@@ -454,6 +454,7 @@ void World::reclaim() {
 
 // Until nothing is left but what is in use: each segment is stripped once more, and all that comes of it.
 void World::finish_reclaim() {
+  aimed.at = CrashAim::At::kNowhere;
   aim_jobs_chance = 0;
   bystander_chance = 0;
   for (int round = 0; round < 3; round++) {
