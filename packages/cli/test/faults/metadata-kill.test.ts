@@ -36,7 +36,8 @@ describe('the metadata service killed with -9 at random moments', () => {
       const killing = killer();
       killing.catch(() => {}); // told below
       try {
-        for (let round = 0; round < rounds || kills < rounds; round++) {
+        const enough = (round: number): boolean => round >= rounds && kills >= rounds;
+        for (let round = 0; !enough(round); round++) {
           const volume = await cluster.create(`round-${round}`, 256n << 20n, 'ext4');
           const again = await cluster.create(`round-${round}`, 256n << 20n, 'ext4');
           expect(again.id).toBe(volume.id);
