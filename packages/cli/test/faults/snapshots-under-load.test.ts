@@ -51,6 +51,7 @@ class Load {
       '--rate=24m',
       '--verify=crc32c',
       '--verify_fatal=1',
+      '--verify_state_save=0',
       '--do_verify=1',
       '--verify_backlog=256',
       '--time_based=1',

@@ -1121,7 +1121,12 @@ export class SimNode {
     if (!usable()) return { error_code: 'HF_IO', error_message: 'not any more.' };
     if (order.grant) {
       const claimed = volume.unreported.map((one) => claim(volume.volumeId, one));
-      if (claimed.length > 0) await world.repeated('ReportSlabs', { host: engine.host, claimed }, usable);
+      try {
+        if (claimed.length > 0) await world.repeated('ReportSlabs', { host: engine.host, claimed }, usable);
+      } catch (error) {
+        // It stays open, and what it claimed is told with its revocation.
+        return { error_code: 'UNAVAILABLE', error_message: String(error) };
+      }
       volume.unreported = [];
       if (!usable()) return { error_code: 'HF_IO', error_message: 'it cannot be closed.' };
       this.#closeRecord(volume);
