@@ -205,6 +205,22 @@ TEST(VolumeCompact, OnlyWhatShowsOfTheGivenLayersIsMovedAndNamedOnesBetweenThemS
   EXPECT_EQ(bench.volume->stats().allocated_bytes, written);
 }
 
+TEST(VolumeCompact, BlocksOfALayerThatIsNotGivenStayInIt) {
+  CompactBench bench;
+  ASSERT_TRUE(bench.open().ok());
+  ASSERT_EQ(bench.write(0, 4 * kChunk, 1), 0);
+  ASSERT_TRUE(bench.cut().ok());
+  ASSERT_EQ(bench.write(0, 8 * kBlock, 2), 0);
+  ASSERT_EQ(bench.discard(kChunk, 4 * kBlock), 0);
+  ASSERT_TRUE(bench.cut().ok());
+  EXPECT_EQ(bench.compact(bench.sources(1, 2)).report.moved_blocks, 8u + 4) << "data and zeros of the newer layer";
+  EXPECT_EQ(bench.compact(bench.sources(2, 3)).report.moved_blocks, 4 * 16u - 12) << "and the rest of the older one";
+  EXPECT_TRUE(bench.reads(0, 8 * kBlock, 2));
+  EXPECT_TRUE(bench.reads(8 * kBlock, 8 * kBlock, 1));
+  EXPECT_TRUE(bench.reads(kChunk, 4 * kBlock, 0));
+  EXPECT_TRUE(bench.reads(kChunk + 4 * kBlock, 3 * kChunk - 4 * kBlock, 1));
+}
+
 TEST(VolumeCompact, ASlabThatWouldCostTooManyChunksStaysAndChunksThatTheTopHasCostNothing) {
   CompactBench bench;  // 8 chunks a slab
   bench.model.assign(bench.spec.size_bytes / kBlock, 0);
