@@ -549,6 +549,42 @@ TEST(VolumeCompact, AnErrorAtAnyOfItsRequestsEndsItAndTheDataStays) {
   EXPECT_GT(failed, 20u);
 }
 
+TEST(VolumeCompact, APlaceThatWasTakenInVainAndIsAboutToBeFreeIsTakenAgain) {
+  CompactBench bench;
+  ASSERT_TRUE(bench.open().ok());
+  ASSERT_EQ(bench.write(0, kChunk, 1), 0);
+  ASSERT_TRUE(bench.cut().ok());
+  ASSERT_EQ(bench.write(20 * kChunk, kBlock, 2), 0);
+  bench.errors.set_judge([&](const IoRequest& request) {
+    return is_data(bench, request) && request.op == IoOp::kWrite ? ErrorDevice::Verdict{EIO, false}
+                                                                 : ErrorDevice::Verdict{};
+  });
+  ASSERT_EQ(bench.compact(bench.sources()).status.code, Code::kIo);
+  bench.errors.set_judge(nullptr);
+  ASSERT_EQ(bench.flush(), 0);  // one page copy stands without the chunk
+  ASSERT_EQ(bench.write(21 * kChunk, kBlock, 3), 0);
+  bench.device.set_delay([](const IoRequest& request) { return request.op == IoOp::kFlush ? DelayDevice::kHold : 0; });
+  auto flush = bench.start(VolumeOp::kFlush, 0, 0);  // the other one is about to
+  bench.drive();
+  ASSERT_EQ(bench.device.held(), 1u);
+  bench.device.set_delay([&](const IoRequest& request) { return is_data(bench, request) ? DelayDevice::kHold : 0; });
+  auto answer = bench.start_compact(bench.sources());
+  bench.drive();
+  ASSERT_EQ(bench.device.held(), 2u) << "it has its place, and reads";
+  bench.device.let_go(0);
+  bench.drive();
+  ASSERT_TRUE(flush->done());
+  bench.device.set_delay(nullptr);
+  bench.device.let_all_go();
+  bench.finish(*answer);
+  EXPECT_TRUE(answer->status.ok()) << answer->status.message;
+  EXPECT_EQ(answer->report.moved_blocks, 16u);
+  ASSERT_TRUE(bench.reopen().ok());
+  EXPECT_TRUE(bench.reads(0, kChunk, 1));
+  bench.strip(1);
+  EXPECT_EQ(bench.live_blocks, 0u);
+}
+
 // ---- space
 
 TEST(VolumeCompact, OnAFullPoolItMovesWhatFitsInFullAndNothingThatAHeldWriteWaitsFor) {
