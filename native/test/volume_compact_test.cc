@@ -438,6 +438,27 @@ TEST(VolumeCompact, ItWaitsForWritesThatWereUnderWayAndThenLeavesTheirBlocksAlon
   EXPECT_TRUE(bench.reads(kBlock, 31 * kBlock, 1));
 }
 
+TEST(VolumeCompact, ALongDiscardThatMeetsMarkedChunksHalfwayIsNotWaitedFor) {
+  constexpr uint64_t kChunks = 1800;  // more than a discard does in one turn
+  CompactBench bench(kChunks * kChunk, 200);
+  bench.chunks_per_slab = format::kChunksPerSlab;
+  ASSERT_TRUE(bench.open().ok());
+  for (uint64_t at = 0; at < kChunks; at += 200) ASSERT_EQ(bench.write(at * kChunk, 200 * kChunk, 1), 0);
+  ASSERT_TRUE(bench.cut().ok());
+  ASSERT_EQ(bench.write(0, kBlock, 2), 0);  // the top has a slab
+  auto answer = bench.start_compact(bench.sources());
+  auto discard = bench.start(VolumeOp::kDiscard, 0, kChunks * kChunk);
+  ASSERT_TRUE(bench.executor.run_one());
+  auto waiting = bench.start(VolumeOp::kWrite, (kChunks - 100) * kChunk, kBlock, 3);
+  bench.finish(*answer);
+  bench.drive();
+  ASSERT_TRUE(discard->done() && waiting->done());
+  EXPECT_EQ(discard->error + waiting->error, 0);
+  ASSERT_TRUE(answer->status.ok() && answer->report.complete);
+  EXPECT_GT(answer->report.moved_blocks, 0u) << "it never met the discard";
+  EXPECT_TRUE(bench.reads(0, 1000 * kChunk, 0));
+}
+
 TEST(VolumeCompact, WhatItHasMovedIsDurableWhenItAnswers) {
   for (uint64_t seed = 1; seed <= 10; seed++) {
     CompactBench bench(kMiB, 200, seed);
