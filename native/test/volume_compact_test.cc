@@ -205,6 +205,22 @@ TEST(VolumeCompact, OnlyWhatShowsOfTheGivenLayersIsMovedAndNamedOnesBetweenThemS
   EXPECT_EQ(bench.volume->stats().allocated_bytes, written);
 }
 
+TEST(VolumeCompact, BlocksOfALayerThatIsNotGivenStayInIt) {
+  CompactBench bench;
+  ASSERT_TRUE(bench.open().ok());
+  ASSERT_EQ(bench.write(0, 4 * kChunk, 1), 0);
+  ASSERT_TRUE(bench.cut().ok());
+  ASSERT_EQ(bench.write(0, 8 * kBlock, 2), 0);
+  ASSERT_EQ(bench.discard(kChunk, 4 * kBlock), 0);
+  ASSERT_TRUE(bench.cut().ok());
+  EXPECT_EQ(bench.compact(bench.sources(1, 2)).report.moved_blocks, 8u + 4) << "data and zeros of the newer layer";
+  EXPECT_EQ(bench.compact(bench.sources(2, 3)).report.moved_blocks, 4 * 16u - 12) << "and the rest of the older one";
+  EXPECT_TRUE(bench.reads(0, 8 * kBlock, 2));
+  EXPECT_TRUE(bench.reads(8 * kBlock, 8 * kBlock, 1));
+  EXPECT_TRUE(bench.reads(kChunk, 4 * kBlock, 0));
+  EXPECT_TRUE(bench.reads(kChunk + 4 * kBlock, 3 * kChunk - 4 * kBlock, 1));
+}
+
 TEST(VolumeCompact, ASlabThatWouldCostTooManyChunksStaysAndChunksThatTheTopHasCostNothing) {
   CompactBench bench;  // 8 chunks a slab
   bench.model.assign(bench.spec.size_bytes / kBlock, 0);
@@ -422,6 +438,27 @@ TEST(VolumeCompact, ItWaitsForWritesThatWereUnderWayAndThenLeavesTheirBlocksAlon
   EXPECT_TRUE(bench.reads(kBlock, 31 * kBlock, 1));
 }
 
+TEST(VolumeCompact, ALongDiscardThatMeetsMarkedChunksHalfwayIsNotWaitedFor) {
+  constexpr uint64_t kChunks = 1800;  // more than a discard does in one turn
+  CompactBench bench(kChunks * kChunk, 200);
+  bench.chunks_per_slab = format::kChunksPerSlab;
+  ASSERT_TRUE(bench.open().ok());
+  for (uint64_t at = 0; at < kChunks; at += 200) ASSERT_EQ(bench.write(at * kChunk, 200 * kChunk, 1), 0);
+  ASSERT_TRUE(bench.cut().ok());
+  ASSERT_EQ(bench.write(0, kBlock, 2), 0);  // the top has a slab
+  auto answer = bench.start_compact(bench.sources());
+  auto discard = bench.start(VolumeOp::kDiscard, 0, kChunks * kChunk);
+  ASSERT_TRUE(bench.executor.run_one());
+  auto waiting = bench.start(VolumeOp::kWrite, (kChunks - 100) * kChunk, kBlock, 3);
+  bench.finish(*answer);
+  bench.drive();
+  ASSERT_TRUE(discard->done() && waiting->done());
+  EXPECT_EQ(discard->error + waiting->error, 0);
+  ASSERT_TRUE(answer->status.ok() && answer->report.complete);
+  EXPECT_GT(answer->report.moved_blocks, 0u) << "it never met the discard";
+  EXPECT_TRUE(bench.reads(0, 1000 * kChunk, 0));
+}
+
 TEST(VolumeCompact, WhatItHasMovedIsDurableWhenItAnswers) {
   for (uint64_t seed = 1; seed <= 10; seed++) {
     CompactBench bench(kMiB, 200, seed);
@@ -531,6 +568,42 @@ TEST(VolumeCompact, AnErrorAtAnyOfItsRequestsEndsItAndTheDataStays) {
     }
   }
   EXPECT_GT(failed, 20u);
+}
+
+TEST(VolumeCompact, APlaceThatWasTakenInVainAndIsAboutToBeFreeIsTakenAgain) {
+  CompactBench bench;
+  ASSERT_TRUE(bench.open().ok());
+  ASSERT_EQ(bench.write(0, kChunk, 1), 0);
+  ASSERT_TRUE(bench.cut().ok());
+  ASSERT_EQ(bench.write(20 * kChunk, kBlock, 2), 0);
+  bench.errors.set_judge([&](const IoRequest& request) {
+    return is_data(bench, request) && request.op == IoOp::kWrite ? ErrorDevice::Verdict{EIO, false}
+                                                                 : ErrorDevice::Verdict{};
+  });
+  ASSERT_EQ(bench.compact(bench.sources()).status.code, Code::kIo);
+  bench.errors.set_judge(nullptr);
+  ASSERT_EQ(bench.flush(), 0);  // one page copy stands without the chunk
+  ASSERT_EQ(bench.write(21 * kChunk, kBlock, 3), 0);
+  bench.device.set_delay([](const IoRequest& request) { return request.op == IoOp::kFlush ? DelayDevice::kHold : 0; });
+  auto flush = bench.start(VolumeOp::kFlush, 0, 0);  // the other one is about to
+  bench.drive();
+  ASSERT_EQ(bench.device.held(), 1u);
+  bench.device.set_delay([&](const IoRequest& request) { return is_data(bench, request) ? DelayDevice::kHold : 0; });
+  auto answer = bench.start_compact(bench.sources());
+  bench.drive();
+  ASSERT_EQ(bench.device.held(), 2u) << "it has its place, and reads";
+  bench.device.let_go(0);
+  bench.drive();
+  ASSERT_TRUE(flush->done());
+  bench.device.set_delay(nullptr);
+  bench.device.let_all_go();
+  bench.finish(*answer);
+  EXPECT_TRUE(answer->status.ok()) << answer->status.message;
+  EXPECT_EQ(answer->report.moved_blocks, 16u);
+  ASSERT_TRUE(bench.reopen().ok());
+  EXPECT_TRUE(bench.reads(0, kChunk, 1));
+  bench.strip(1);
+  EXPECT_EQ(bench.live_blocks, 0u);
 }
 
 // ---- space
