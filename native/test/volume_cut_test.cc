@@ -73,6 +73,37 @@ TEST(VolumeCut, AChainOfMoreLayersThanAMaskHasBitsReadsTheSame) {
   EXPECT_EQ(bench.blocks(), model);
 }
 
+// The chunk was in limbo when the layer froze: nothing maps it any more, but a read that came before may be there.
+TEST(VolumeCut, ASlabThatTheCutFindsEmptyStaysUntilReadsOfItHaveEnded) {
+  CutBench bench;
+  ASSERT_TRUE(bench.open().ok());
+  ASSERT_EQ(bench.write(0, 24 * kChunk, 1), 0);
+  ASSERT_EQ(bench.flush(), 0);
+  bench.absorb();
+  bench.device.set_delay([&](const IoRequest& request) {
+    const uint64_t data = format::slab_data_offset(bench.superblock.first_region_offset, 0);
+    return request.op == IoOp::kRead && request.offset >= data ? DelayDevice::kHold : 0;
+  });
+  auto read = bench.start(VolumeOp::kRead, 0, kChunk);
+  bench.drive();
+  ASSERT_FALSE(read->done());
+  ASSERT_EQ(bench.discard(0, 24 * kChunk), 0);
+  const LayerSpec top = bench.next_top();
+  auto answer = bench.start_cut(top);
+  bench.drive();
+  EXPECT_FALSE(answer->given);
+  EXPECT_TRUE(bench.observer.emptied.empty()) << "a slab went while a read was in it";
+  bench.device.set_delay(nullptr);
+  bench.device.let_all_go();
+  bench.drive();
+  ASSERT_TRUE(answer->given);
+  EXPECT_TRUE(answer->status.ok()) << answer->status.message;
+  EXPECT_FALSE(bench.observer.emptied.empty());
+  EXPECT_TRUE(read->done());
+  bench.count_cut(top);
+  EXPECT_TRUE(bench.reads(0, 24 * kChunk, 0));
+}
+
 TEST(VolumeCut, TheRecordsSayWhatHappened) {
   CutBench bench;
   ASSERT_TRUE(bench.open().ok());

@@ -130,6 +130,7 @@ void VolumeImpl::advance_grace() {
   const uint32_t before = oldest_epoch_;
   while (oldest_epoch_ != epoch_ && epoch_counts_[oldest_epoch_ % kGraceRing] == 0) oldest_epoch_++;
   if (forget_.waiting) forget_check();
+  if (cut_ != nullptr && cut_->waits_grace) frozen_grace();
   if (compact_ != nullptr && compact_->stage == Compact::Stage::kGrace) compact_grace();
   if (oldest_epoch_ != before && !reclaim_list_.empty() && state_ == State::kOpen) reclaim();
 }

@@ -1,7 +1,7 @@
 // A layer that has just been frozen. All that its newest page copies say is durable; nothing is ever added to them.
 // While writes go on in the new top, and before the cut is answered:
 //
-//   images and chunks in limbo are let go → slabs that are empty go back → the older copy of each page that differs is
+//   images and chunks in limbo are let go → reads that may know those chunks end → slabs that are empty go back → the older copy of each page that differs is
 //   made equal to the newer one → the layer's record says so → its slabs are counted for the report
 //
 // Equal copies are what lets either one stand for the snapshot. They are made before the answer, and never later: only
@@ -68,7 +68,15 @@ void VolumeImpl::frozen_step() {
     frozen_post();
   };
   switch (cut_->step) {
-    case kRetire: return retire_some() ? next(kRelease) : frozen_post();
+    case kRetire:
+      if (!retire_some()) return frozen_post();
+      // Reads that are at the device may know places that have become free just now: until they have ended no slab goes.
+      cut_->step = kRelease;
+      cut_->cursor = 0;
+      cut_->waits_grace = true;
+      cut_->grace = epoch_;
+      start_background();
+      return bump_epoch();  // goes on at once if there are none
     case kRelease:
       if (!release_some()) return frozen_post();
       cut_->waits_release = release_.stage != Release::Stage::kIdle;
@@ -86,6 +94,18 @@ void VolumeImpl::frozen_step() {
     default: break;
   }
   HF_ASSERT(!"an unknown step of a frozen layer");
+}
+
+// Whenever the grace period has moved on.
+void VolumeImpl::frozen_grace() {
+  if (epoch_ == cut_->grace && epoch_ - oldest_epoch_ < kGraceRing - 1) {
+    epoch_++;  // the ring was full when the chunks became free
+    while (oldest_epoch_ != epoch_ && epoch_counts_[oldest_epoch_ % kGraceRing] == 0) oldest_epoch_++;
+  }
+  if (!grace_over(cut_->grace)) return;
+  cut_->waits_grace = false;
+  frozen_post();
+  end_background();
 }
 
 // ---- images and limbo

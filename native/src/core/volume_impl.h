@@ -437,6 +437,8 @@ class VolumeImpl final : public Volume {
     int error = 0;
     bool repeated = false;       // it happened before
     bool waits_release = false;  // for empty slabs to be back
+    bool waits_grace = false;    // for reads to end: until every request of epoch `grace` and before has
+    uint32_t grace = 0;
     // volume_frozen.cc
     uint32_t cursor = 0;
     bool settled = true;         // every page's copies are equal, as far as known
@@ -467,6 +469,7 @@ class VolumeImpl final : public Volume {
   void frozen_read_record();     // locked
   void frozen_post();            // locked: the next batch
   void frozen_step();            // locked
+  void frozen_grace();           // locked
   bool retire_some();            // locked: images and limbo of the frozen layer; false: more to do
   void retire(uint32_t hot_index);
   bool release_some();
