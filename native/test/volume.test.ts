@@ -193,7 +193,9 @@ describe('an open volume', () => {
     expect((await r.stats(engine, spec)).allocatedBytes).toBe(16n * MiB);
     await fio(device.devicePath, ['--rw=write', '--bs=128k', '--size=100M']);
     const stats = await r.stats(engine, spec);
-    expect(stats.allocatedBytes).toBe(112n * MiB);
+    // Seven slabs, and by then one to four to spare for more of the stream.
+    expect(stats.allocatedBytes).toBeGreaterThanOrEqual(128n * MiB);
+    expect(stats.allocatedBytes).toBeLessThanOrEqual((112n + 64n) * MiB);
     expect(stats.mappedBytes).toBeGreaterThanOrEqual(100n * MiB);
     await r.close(engine, spec);
   }, 60_000);

@@ -115,7 +115,15 @@ describe('holdfast snapshot', () => {
       ],
       readers: [{ node_id: 'node-1.00000001', epoch: String((1n << 40n) + 7n), grant: 'GRANT_STATE_OPEN' }],
     });
+    expect(await holdfast('volume', 'show', 'copy')).toMatch(/Compacted: +never/);
+    metadata.audit.push({
+      sequence: '1',
+      at_unix_ms: String(Date.now() - 60_000),
+      event: 'compact',
+      detail: '16 blocks moved',
+    });
     const text = await holdfast('volume', 'show', 'copy');
+    expect(text).toMatch(/Compacted: +6\ds ago, 16 blocks moved/);
     expect(text).toMatch(/Space: +16 MiB own, 64 MiB shared, 4 MiB reclaimable/);
     expect(text).toMatch(/Chain: +2 layers/);
     expect(text).toMatch(/Made from: +snapshot snap-uuid/);

@@ -7,6 +7,7 @@ import type { ServerWritableStream } from '@grpc/grpc-js';
 import { createLogger, HoldfastError, serve, unary, type GrpcServer } from '@holdfast/common';
 import {
   holdfast,
+  type AuditRecord,
   type CreateSnapshotGroupRequest__Output,
   type CreateSnapshotRequest__Output,
   type CreateVolumeRequest__Output,
@@ -23,6 +24,7 @@ export class FakeMetadata {
     { uuid: randomUUID(), name: 'fast' },
     { uuid: randomUUID(), name: 'slow' },
   ] as const;
+  readonly audit: AuditRecord[] = [];
   readonly volumes = new Map<string, Volume>();
   readonly snapshots = new Map<string, Snapshot>();
   readonly groups = new Map<string, SnapshotGroup>();
@@ -164,6 +166,7 @@ export class FakeMetadata {
           return {};
         }),
         GetSnapshotGroup: rpc('GetSnapshotGroup', (r: ByUuid) => this.#one(this.groups, 'group', r)),
+        ListAudit: rpc('ListAudit', () => ({ records: this.audit })),
         ListVolumes: rpc('ListVolumes', () => ({ volumes: [...this.volumes.values()] })),
         ListPools: rpc('ListPools', () => ({ pools: this.pools })),
         PublishVolume: rpc('PublishVolume', () => ({ publish_id: 'p1' })),

@@ -131,8 +131,9 @@ const give = (layerId: bigint, slab: number): Promise<void> =>
     addToLayer(d.tx, record, layerId, runs);
     tables.pool.put(d.tx, record, pool);
   });
+const policy = { below: 0, intervalMs: 30_000, isConnected: () => true }; // compaction.test.ts has it on
 const works = (): ReclaimWork[] =>
-  store.read((tx) => reclaimable({ tx, pinned: (_pool, layer) => pins.has(layer) }, pool, now));
+  store.read((tx) => reclaimable({ tx, pinned: (_pool, layer) => pins.has(layer) }, pool, now, policy));
 const usedSlots = (): number[] => {
   const bits = new Bitmap(
     1200,
