@@ -126,9 +126,21 @@ void VolumeImpl::bump_epoch() {
   advance_grace();
 }
 
+void VolumeImpl::skip_empty_epochs() {
+  while (oldest_epoch_ != epoch_ && epoch_counts_[oldest_epoch_ % kGraceRing] == 0) oldest_epoch_++;
+}
+
+bool VolumeImpl::leave_epoch(uint32_t epoch) {
+  if (epoch_ == epoch && epoch_ - oldest_epoch_ < kGraceRing - 1) {
+    epoch_++;  // the ring was full when the wait began
+    skip_empty_epochs();
+  }
+  return grace_over(epoch);
+}
+
 void VolumeImpl::advance_grace() {
   const uint32_t before = oldest_epoch_;
-  while (oldest_epoch_ != epoch_ && epoch_counts_[oldest_epoch_ % kGraceRing] == 0) oldest_epoch_++;
+  skip_empty_epochs();
   if (forget_.waiting) forget_check();
   if (cut_ != nullptr && cut_->waits_grace) frozen_grace();
   if (compact_ != nullptr && compact_->stage == Compact::Stage::kGrace) compact_grace();

@@ -227,11 +227,7 @@ void VolumeImpl::compact_mark() {
 }
 
 void VolumeImpl::compact_grace() {
-  if (epoch_ == compact_->grace && epoch_ - oldest_epoch_ < kGraceRing - 1) {
-    epoch_++;  // the ring was full when the chunks were marked
-    while (oldest_epoch_ != epoch_ && epoch_counts_[oldest_epoch_ % kGraceRing] == 0) oldest_epoch_++;
-  }
-  if (grace_over(compact_->grace)) compact_post(Compact::Stage::kPlan);
+  if (leave_epoch(compact_->grace)) compact_post(Compact::Stage::kPlan);
 }
 
 // Nobody else changes these chunks until they are unmarked. Where their blocks are and where they go.

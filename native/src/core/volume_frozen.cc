@@ -98,11 +98,7 @@ void VolumeImpl::frozen_step() {
 
 // Whenever the grace period has moved on.
 void VolumeImpl::frozen_grace() {
-  if (epoch_ == cut_->grace && epoch_ - oldest_epoch_ < kGraceRing - 1) {
-    epoch_++;  // the ring was full when the chunks became free
-    while (oldest_epoch_ != epoch_ && epoch_counts_[oldest_epoch_ % kGraceRing] == 0) oldest_epoch_++;
-  }
-  if (!grace_over(cut_->grace)) return;
+  if (!leave_epoch(cut_->grace)) return;
   cut_->waits_grace = false;
   frozen_post();
   end_background();
@@ -392,11 +388,7 @@ void VolumeImpl::forget(uint32_t index) {
 
 // Whenever the grace period has moved on.
 void VolumeImpl::forget_check() {
-  if (epoch_ == forget_.epoch && epoch_ - oldest_epoch_ < kGraceRing - 1) {
-    epoch_++;  // the ring was full when it was asked
-    while (oldest_epoch_ != epoch_ && epoch_counts_[oldest_epoch_ % kGraceRing] == 0) oldest_epoch_++;
-  }
-  if (!grace_over(forget_.epoch)) return;
+  if (!leave_epoch(forget_.epoch)) return;
   forget_.waiting = false;
   if (control_.kind == Control::Kind::kForget) control_end({});
 }

@@ -207,6 +207,9 @@ class VolumeImpl final : public Volume {
   void fail_waiting(RequestState*& head, RequestState*& tail, int error);
   void bump_epoch();
   void advance_grace();
+  void skip_empty_epochs();
+  // For who waits until every request of `epoch` has ended, asked whenever the grace period has moved on: whether it has.
+  bool leave_epoch(uint32_t epoch);
   bool grace_over(uint32_t epoch) const { return static_cast<int32_t>(oldest_epoch_ - epoch) > 0; }
   void event(Code code, std::string message);  // locked: told after the lock is released
   void unlock(std::unique_lock<std::mutex>& lock);  // and tells the observer what has come up meanwhile
