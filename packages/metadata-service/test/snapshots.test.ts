@@ -17,7 +17,11 @@ let disk: FakeDisk;
 let node: FakeAgent;
 let other: FakeAgent;
 beforeEach(async () => {
-  c = await Cluster.start({ store: `sqlite:${directory}/${randomUUID()}.db`, stripIntervalMs: 200 });
+  c = await Cluster.start({
+    store: `sqlite:${directory}/${randomUUID()}.db`,
+    stripIntervalMs: 200,
+    compactBelow: 0,
+  });
   disk = new FakeDisk();
   node = await c.node('node-1', [disk]);
   other = await c.node('node-2', [disk]);
@@ -235,6 +239,29 @@ describe('CreateSnapshot of an open volume', () => {
     await expect(
       other.ask('ReturnSlabs', disk, { emptied: node.claimsOf(disk.uuid, (await c.volume(uuid)) as never) }),
     ).resolves.toEqual({});
+  });
+});
+
+describe('a slab that was claimed and emptied around a cut, before its claim was reported', () => {
+  it('is free again, and not the stock of its host for ever', async () => {
+    const { uuid } = await opened('pvc', [1]);
+    const before = await c.pool(disk);
+    await node.allocate(disk, 1);
+    const claim = node.claim(disk, node.open.get(uuid)!, [2]);
+    // The cut finds it empty, and does not name it.
+    disk.pages.delete(1);
+    await c.snapshot('snap', uuid);
+    await node.ask('ReportSlabs', disk, { claimed: [claim] });
+    expect((await c.volume(uuid)).layers[1]?.slabs).toMatchObject([{ first: '0', count: 1 }]);
+    await node.ask('ReturnSlabs', disk, { emptied: [claim] });
+    const { slabs_free, slabs_ahead } = await c.pool(disk);
+    expect({ slabs_free, slabs_ahead }).toEqual({
+      slabs_free: before.slabs_free,
+      slabs_ahead: before.slabs_ahead,
+    });
+    await expect(node.ask('ReturnSlabs', disk, { emptied: [claim] })).rejects.toMatchObject({
+      code: 'STALE',
+    });
   });
 });
 

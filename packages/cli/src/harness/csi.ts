@@ -289,6 +289,21 @@ export class CsiCluster {
     );
   }
 
+  /** What agents reported and the service could not record: slabs that are lost to both until their host's life ends. */
+  async misfits(): Promise<string[]> {
+    const found: string[] = [];
+    for (let after = '0'; ; ) {
+      const { records } = await call(this.metadata, this.metadata.ListAudit, {
+        after_sequence: after,
+        max_entries: 1000,
+      });
+      found.push(...records.filter(({ event }) => event === 'misfit').map(({ detail }) => detail));
+      const last = records.at(-1);
+      if (last === undefined) return found;
+      after = last.sequence;
+    }
+  }
+
   /** Waits until no slab of the pool is a volume's. */
   async untilEmpty(timeoutMs: number): Promise<void> {
     const deadline = Date.now() + timeoutMs;

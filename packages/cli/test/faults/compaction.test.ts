@@ -140,6 +140,7 @@ describe('compaction', () => {
         await cluster.delete(published.volume);
       }
       await cluster.untilEmpty(120_000);
+      expect(await cluster.misfits()).toEqual([]);
       const report = await native().checkPool(up.state.disk.device);
       expect(report.findings.filter((f) => f.severity === 'error')).toEqual([]);
     });

@@ -172,6 +172,7 @@ describe('snapshots of mounted file systems, one a second, deleted in random ord
       }
       expect(copies).toBeGreaterThan(2);
       await cluster.untilEmpty(120_000);
+      expect(await cluster.misfits()).toEqual([]);
       const report = await native().checkPool(up.state.disk.device);
       expect(report.findings.filter((f) => f.severity === 'error')).toEqual([]);
     });

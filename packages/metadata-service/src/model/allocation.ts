@@ -81,6 +81,8 @@ export function reportSlabs(
   for (const [layerId, mine] of byLayer(claims)) {
     const fresh = mine.filter((claim) => !layerHas(d.tx, pool, layerId, claim.slab, claim.generation));
     if (fresh.length === 0) continue;
+    // The cut named every slab of the layer that had anything: these were empty by then, and are given back soon.
+    if (froze(d, pool, life, layerId)) continue;
     if (!isTop(d, pool, life, layerId)) misfits.push(notTop(pool, life, layerId));
     else if (!claimAhead(d.tx, pool, life, layerId, runsOf(fresh))) {
       misfits.push(`${life.nodeId} does not hold all of the slabs that it reports for layer ${layerId}`);
@@ -161,8 +163,8 @@ function runsOf(claims: readonly Claim[]): SlabRun[] {
 }
 
 /**
- * Slabs given back: unclaimed ones of the stock, and emptied ones of layers. Each part as a whole or not at all; those that do
- * not fit are named in the answer.
+ * Slabs given back: unclaimed ones of the stock, and emptied ones of layers, whether their claim was reported before or not. Each
+ * part as a whole or not at all; those that do not fit are named in the answer.
  */
 export function returnSlabs(
   d: Decision,
@@ -181,13 +183,29 @@ export function returnSlabs(
   for (const [layerId, mine] of byLayer(emptied)) {
     if (!isTop(d, pool, life, layerId) && !froze(d, pool, life, layerId)) {
       misfits.push(notTop(pool, life, layerId));
-    } else if (!freeFromLayer(d.tx, pool, layerId, runsOf(mine))) {
+    } else if (!freeEmptied(d, pool, life, layerId, mine)) {
       misfits.push(`layer ${layerId} does not have all of the slabs that ${life.nodeId} returns as emptied`);
     }
   }
   tables.pool.put(d.tx, pool, pool.uuid);
   auditMisfits(d, poolUuid, life, misfits);
   return misfits;
+}
+
+/** Claimed and emptied between two reports, a slab never was the layer's in the books: it still is the host's. */
+function freeEmptied(
+  d: Decision,
+  pool: PoolRecord,
+  life: HostLife,
+  layerId: bigint,
+  mine: readonly Claim[],
+): boolean {
+  const ofLayer = mine.filter((claim) => layerHas(d.tx, pool, layerId, claim.slab, claim.generation));
+  const ahead = mine.filter((claim) => !ofLayer.includes(claim));
+  return (
+    returnAhead(d.tx, pool, life, runsOf(ahead)) &&
+    (ofLayer.length === 0 || freeFromLayer(d.tx, pool, layerId, runsOf(ofLayer)))
+  );
 }
 
 export interface SlabReading {

@@ -59,6 +59,8 @@ export class Operations {
   readonly #onCut: (seconds: number) => void;
   readonly #onCompact: (run: CompactionRun) => void;
   #nextReclaimMs = 0;
+  /** When the last look at what may be reclaimed ended, and ten times as long as it took. */
+  #lastLook = { endMs: 0, restMs: 0 };
   #sweeper: Promise<void> | undefined;
 
   constructor(core: Core, sessions: Sessions, options: OperationsOptions = {}) {
@@ -111,7 +113,8 @@ export class Operations {
       } catch (error) {
         this.#core.logger.error({ err: error }, 'Looking for unfinished operations failed');
       }
-      await this.#core.nextChange(sweepIntervalMs);
+      const reclaimInMs = this.#nextReclaimMs - this.#core.clock.monotonicMs();
+      await this.#core.nextChange(Math.min(sweepIntervalMs, Math.max(settleMs, reclaimInMs)));
       // Many changes at once are one look.
       await this.#core.clock.sleep(settleMs, stopped.signal);
     }
@@ -183,7 +186,16 @@ export class Operations {
     for (const uuid of found.deleting) this.#ensure(`wipe ${uuid}`, () => wipeVolume(core, sessions, uuid));
     if (core.clock.monotonicMs() < this.#nextReclaimMs) return;
     this.#nextReclaimMs = core.clock.monotonicMs() + reclaimIntervalMs;
+    const beganMs = core.clock.monotonicMs();
     for (const pool of pools) this.#reclaim(pool.uuid);
+    const endMs = core.clock.monotonicMs();
+    this.#lastLook = { endMs, restMs: 10 * (endMs - beganMs) };
+  }
+
+  /** What a layer stood on may go as soon as that layer is gone: a long chain does not wait for the interval at each of them. */
+  #reclaimSoon(): void {
+    const { endMs, restMs } = this.#lastLook;
+    this.#nextReclaimMs = Math.min(this.#nextReclaimMs, endMs + restMs);
   }
 
   /** Layers that nothing names, and slabs that leave them. */
@@ -212,7 +224,10 @@ export class Operations {
     if (of('remove').length > 0)
       this.#ensure(`remove ${poolUuid}`, () => removeLayers(core, poolUuid, this.#policy));
     for (const id of [...of('wipe'), ...of('tombstone')].slice(0, maxWaiting)) {
-      this.#ensure(`wipe ${poolUuid}/${id}`, () => wipeLayer(core, sessions, poolUuid, id));
+      this.#ensure(`wipe ${poolUuid}/${id}`, async () => {
+        await wipeLayer(core, sessions, poolUuid, id);
+        this.#reclaimSoon();
+      });
     }
     for (const id of [...strips, ...of('strip')].slice(0, maxWaiting)) {
       this.#ensure(`strip ${poolUuid}/${id}`, () =>
