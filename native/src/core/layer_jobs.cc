@@ -258,6 +258,79 @@ Status check_victim(SyncDevice& device, const Superblock& s, const LayerSpec& vi
   return {};
 }
 
+// Wipes slabs of layers, many with each flush: a layer's slabs mostly lie one by one.
+class Wiper {
+ public:
+  Wiper(SyncDevice& device, const Superblock& s, const Pause& pause) : device_(device), s_(s), pause_(pause) {}
+
+  // Slabs that are not the layer's any more have been wiped before, and stay as they are.
+  Status add(uint64_t layer_id, const SlabRun& run) {
+    const auto ours = [&](const SlabPage& page, PageState state) {
+      return state == PageState::kOk && page.layer_id == layer_id && page.generation == run.generation;
+    };
+    const auto visit = [&](uint64_t slab, const SlabPage& a, const SlabPage& b, const Copies& copies) {
+      if (copies.bad()) damaged_ += (damaged_.empty() ? "" : ", ") + std::to_string(slab);
+      if (!copies.valid()) return;
+      const SlabPage& newest = copies.newest == 0 ? a : b;
+      // The newest copy may say "free" already: then freeing was cut off between the two.
+      if (newest.generation != run.generation || (newest.layer_id != layer_id && newest.layer_id != 0)) return;
+      if (!ours(a, copies.state[0]) && !ours(b, copies.state[1])) return;
+      pages_.push_back(freeing(slab, run.generation, a, b, copies));
+    };
+    const auto batch = [&] { return pages_.size() < kPairsPerRead ? Status{} : wipe(); };
+    return for_each_pair(device_, s_, run, &buffer_, visit, batch);
+  }
+
+  Status finish() {
+    if (Status status = wipe(); !status.ok() || damaged_.empty()) return status;
+    return {Code::kCorrupt, "both copies of the pages of these slabs are damaged, and they were left as they are: " +
+                                damaged_ + ". Run `holdfast pool check`"};
+  }
+
+ private:
+  // Both copies say "free", durably, before any data goes; and the data is gone before the caller hears of it.
+  Status wipe() {
+    if (pages_.empty()) return {};
+    if (Status status = free_pages(device_, s_, pages_); !status.ok()) return status;
+    std::sort(pages_.begin(), pages_.end(), [](const Freeing& a, const Freeing& b) { return a.slab < b.slab; });
+    for (size_t i = 0; i < pages_.size();) {
+      const uint64_t first = pages_[i].slab;
+      uint64_t count = 1;
+      // The data of neighbours lies side by side within a region.
+      while (i + count < pages_.size() && pages_[i + count].slab == first + count &&
+             (first + count) % format::kSlabsPerRegion != 0) {
+        count++;
+      }
+      if (Status status = device_.discard(slab_data_offset(s_, first), count * format::kSlabSize); !status.ok()) {
+        return status;
+      }
+      i += count;
+    }
+    pages_.clear();
+    if (pause_) pause_();
+    return {};
+  }
+
+  SyncDevice& device_;
+  const Superblock& s_;
+  const Pause& pause_;
+  PageBuffer buffer_{kPairsPerRead * format::kSlabPairSize};
+  std::vector<Freeing> pages_;
+  std::string damaged_;
+};
+
+Status write_tombstone(SyncDevice& device, const Superblock& s, const WipeLayer& layer) {
+  Result<std::optional<format::LayerRecord>> found = load_layer_record(device, s, layer.slot);
+  if (!found.ok()) return found.status;
+  if (!found->has_value() || (*found)->layer_id != layer.layer_id || (*found)->state == format::LayerState::kDeleted) {
+    return {};
+  }
+  format::LayerRecord record = **found;
+  record.state = format::LayerState::kDeleted;
+  std::memset(record.snapshot_name, 0, sizeof record.snapshot_name);
+  return write_layer_record(device, s, layer.slot, record);
+}
+
 }  // namespace
 
 Result<StripReport> strip_layers(SyncDevice& device, const Superblock& s, const std::vector<LayerSpec>& victims,
@@ -313,61 +386,16 @@ Status wipe_layers(SyncDevice& device, const Superblock& s, const std::vector<Wi
       if (Status status = check_run(s, run); !status.ok()) return status;
     }
   }
-  std::string damaged;
-  PageBuffer buffer(kPairsPerRead * format::kSlabPairSize);
+  Wiper wiper(device, s, pause);
   for (const WipeLayer& layer : layers) {
     if (tombstone) {
-      Result<std::optional<format::LayerRecord>> found = load_layer_record(device, s, layer.slot);
-      if (!found.ok()) return found.status;
-      if (found->has_value() && (*found)->layer_id == layer.layer_id &&
-          (*found)->state != format::LayerState::kDeleted) {
-        format::LayerRecord record = **found;
-        record.state = format::LayerState::kDeleted;
-        std::memset(record.snapshot_name, 0, sizeof record.snapshot_name);
-        if (Status status = write_layer_record(device, s, layer.slot, record); !status.ok()) return status;
-      }
+      if (Status status = write_tombstone(device, s, layer); !status.ok()) return status;
     }
     for (const SlabRun& run : layer.slabs) {
-      struct Stretch {
-        uint64_t first;
-        uint64_t count;
-      };
-      std::vector<Stretch> stretches;
-      std::vector<Freeing> pages;
-      const auto ours = [&](const SlabPage& page, PageState state) {
-        return state == PageState::kOk && page.layer_id == layer.layer_id && page.generation == run.generation;
-      };
-      const auto visit = [&](uint64_t slab, const SlabPage& a, const SlabPage& b, const Copies& copies) {
-        if (copies.bad()) damaged += (damaged.empty() ? "" : ", ") + std::to_string(slab);
-        if (!copies.valid()) return;
-        const SlabPage& newest = copies.newest == 0 ? a : b;
-        // The newest copy may say "free" already: then freeing was cut off between the two.
-        if (newest.generation != run.generation || (newest.layer_id != layer.layer_id && newest.layer_id != 0)) return;
-        if (!ours(a, copies.state[0]) && !ours(b, copies.state[1])) return;
-        pages.push_back(freeing(slab, run.generation, a, b, copies));
-        if (!stretches.empty() && stretches.back().first + stretches.back().count == slab) stretches.back().count++;
-        else stretches.push_back({slab, 1});
-      };
-      // Both copies say "free", durably, before any data goes; and the data is gone before the caller hears of it.
-      const auto batch = [&]() -> Status {
-        if (Status status = free_pages(device, s, pages); !status.ok()) return status;
-        for (const Stretch& stretch : stretches) {
-          if (Status status = device.discard(slab_data_offset(s, stretch.first), stretch.count * format::kSlabSize);
-              !status.ok()) {
-            return status;
-          }
-        }
-        pages.clear();
-        stretches.clear();
-        if (pause) pause();
-        return {};
-      };
-      if (Status status = for_each_pair(device, s, run, &buffer, visit, batch); !status.ok()) return status;
+      if (Status status = wiper.add(layer.layer_id, run); !status.ok()) return status;
     }
   }
-  if (damaged.empty()) return {};
-  return {Code::kCorrupt, "both copies of the pages of these slabs are damaged, and they were left as they are: " +
-                              damaged + ". Run `holdfast pool check`"};
+  return wiper.finish();
 }
 
 Result<ChangeReading> read_changes(SyncDevice& device, const Superblock& s, const std::vector<LayerSpec>& layers,
