@@ -56,14 +56,14 @@ TEST(VolumeCut, ASnapshotShowsTheSameWhateverIsWrittenOrDiscardedLater) {
   }
 }
 
-TEST(VolumeCut, AChainOfMoreLayersThanAMaskHasBitsReadsTheSame) {
+TEST(VolumeCut, AChainOfMoreLayersThanTheIndexHasGroupsReadsTheSame) {
   CutBench bench(2 * kMiB);
   SimRandom random(11);
   std::vector<uint8_t> model(2 * kMiB / kBlock, 0);
   ASSERT_TRUE(bench.open().ok());
   for (int round = 0; round < 44; round++) {
     bench.churn(random, model, 5);
-    ASSERT_EQ(bench.blocks(), model) << "round " << round;  // the masks are there when the next layer comes
+    ASSERT_EQ(bench.blocks(), model) << "round " << round;  // the hints are there when the next layer comes
     const Status status = bench.cut();
     ASSERT_TRUE(status.ok()) << status.message;
     bench.churn(random, model, 3);
@@ -772,6 +772,31 @@ TEST(VolumeCut, ForgettingWaitsForReadsInFlightAndNothingResolvesThereLater) {
   bench.spec.layers = bench.with_slabs(bench.spec.layers);
   ASSERT_TRUE(bench.open(true).ok()) << "what was forgotten does not come back with a take-over";
   EXPECT_TRUE(bench.reads(kChunk, 7 * kChunk, 9));
+}
+
+TEST(VolumeCut, WhereAForgottenLayerOfALongChainAnsweredAnOlderOneDoes) {
+  CutBench bench(4 * kMiB);
+  ASSERT_TRUE(bench.open().ok());
+  ASSERT_EQ(bench.write(0, 8 * kChunk, 1), 0);
+  ASSERT_TRUE(bench.cut().ok());
+  ASSERT_EQ(bench.write(0, 8 * kChunk, 2), 0);
+  ASSERT_TRUE(bench.cut().ok());
+  const std::vector<SlabRun> covered = bench.report.frozen.slabs;
+  for (uint64_t layer = 0; layer < 4; layer++) {
+    ASSERT_EQ(bench.write((20 + layer) * kChunk, kBlock, 3), 0);
+    ASSERT_TRUE(bench.cut().ok());
+  }
+  EXPECT_TRUE(bench.reads(0, 8 * kChunk, 2));
+  ASSERT_EQ(bench.write(0, 8 * kChunk, 9), 0);
+  ASSERT_EQ(bench.flush(), 0);
+  ASSERT_TRUE(bench.call([&](Volume::Done done) { bench.volume->forget_slabs(covered, std::move(done)); }).ok());
+  // The discard has to know that the oldest layer would show through.
+  ASSERT_EQ(bench.discard(0, kChunk), 0);
+  ASSERT_EQ(bench.discard(2 * kChunk + kBlock, kBlock), 0);
+  EXPECT_TRUE(bench.reads(0, kChunk, 0));
+  EXPECT_TRUE(bench.reads(kChunk, kChunk + kBlock, 9));
+  EXPECT_TRUE(bench.reads(2 * kChunk + kBlock, kBlock, 0));
+  EXPECT_TRUE(bench.reads(2 * kChunk + 2 * kBlock, 5 * kChunk + 14 * kBlock, 9));
 }
 
 // Killed between the pages that give an empty slab of the old top back and the word of it: the engine that takes over finds

@@ -1,8 +1,13 @@
-// Which layers of a chain say anything about a chunk: so that a lookup through hundreds of layers asks those few that do.
+// Which frozen layer of a chain answers for a block: so that a lookup through hundreds of layers asks the one or few that
+// say something about the very blocks that are asked for.
 //
-// A mask of 32 bits for each chunk, a bit for a group of layers next to each other (one layer while there are at most 32).
-// A bit that is set may be stale, one that is clear is certain. Masks come into being for 512 chunks at a time, when one
-// of them is first looked up; from then on whoever adds to a layer tells. At most 64 MiB for a TiB that is read all over.
+// A hint of 4 bits for each block: the newest group, of layers next to each other, of which one says something about it.
+// That nothing newer does is certain. That the group still does is not, as layers are stripped of what newer ones cover:
+// then the hint is lowered. Frozen layers never come to say more, so a hint never has to rise but for a layer that is newly
+// frozen; each leaf of hints takes those in when it is next looked at. The top is not in here.
+//
+// 8 bytes a chunk, made for 128 chunks at a time when one of them is first looked up: at most 130 MiB for a TiB that is
+// read all over.
 //
 // Not thread-safe: the volume calls it under its lock.
 #pragma once
@@ -12,51 +17,71 @@
 #include <memory>
 #include <vector>
 
+#include "status.h"
+
 namespace holdfast {
 
 class ChainIndex {
  public:
-  static constexpr uint32_t kLeafChunks = 512;  // 32 MiB of the volume
+  static constexpr uint32_t kLeafChunks = 128;  // 8 MiB of the volume
+  static constexpr uint32_t kGroups = 15;       // 0 in a hint: no frozen layer says anything
 
-  // To be called first wherever the number of layers may have grown: groups grow with it, and masks are made anew.
-  void fit(size_t layers) {
-    const size_t width = (layers + 31) / 32;
+  struct Leaf {
+    size_t layers = 0;  // the oldest so many are in the hints
+    uint64_t hints[kLeafChunks] = {};
+  };
+
+  // To be called first wherever the number of frozen layers may have grown. Groups grow by halves, so that all hints are
+  // made anew but a few times in a chain's life.
+  void fit(size_t frozen) {
+    size_t width = width_;
+    while (width * kGroups < frozen) width += (width + 1) / 2;
     if (width == width_) return;
     width_ = width;
-    clear();
-  }
-  void clear() {
     leaves_.clear();
     leaf_count_ = 0;
   }
-  // Layers in a group: bit b is for those from b * width() on.
-  size_t width() const { return width_; }
-  uint32_t bit(size_t layer) const { return 1u << (layer / width_); }
+  // The layers of a group are [first(group), first(group + 1)), the oldest layer is 0, and groups count from 1.
+  size_t first(uint32_t group) const { return (group - 1) * width_; }
+  uint32_t group(size_t layer) const { return static_cast<uint32_t>(layer / width_) + 1; }
 
-  // The masks of the chunk's neighbourhood, from chunk / kLeafChunks * kLeafChunks on; null: not made yet.
-  uint32_t* leaf(uint32_t chunk) const {
-    const uint32_t at = chunk / kLeafChunks;
-    return at < leaves_.size() ? leaves_[at].get() : nullptr;
-  }
-  uint32_t* add_leaf(uint32_t chunk) {
+  // The hints of the chunk's neighbourhood, from chunk / kLeafChunks * kLeafChunks on.
+  Leaf& leaf(uint32_t chunk) {
     const uint32_t at = chunk / kLeafChunks;
     if (at >= leaves_.size()) leaves_.resize(at + 1);
-    leaves_[at] = std::make_unique<uint32_t[]>(kLeafChunks);
-    leaf_count_++;
-    return leaves_[at].get();
+    if (leaves_[at] == nullptr) {
+      leaves_[at] = std::make_unique<Leaf>();
+      leaf_count_++;
+    }
+    return *leaves_[at];
   }
-  // The layer, of so many, now says something about the chunk.
-  void mention(uint32_t chunk, size_t layer, size_t layers) {
-    if (leaf_count_ == 0) return;
-    fit(layers);
-    if (uint32_t* masks = leaf(chunk)) masks[chunk % kLeafChunks] |= bit(layer);
+  static uint32_t hint(uint64_t hints, uint32_t block) { return static_cast<uint32_t>(hints >> (4 * block)) & 15; }
+  static void set_hint(uint64_t& hints, uint16_t blocks, uint32_t group) {
+    HF_ASSERT(group <= kGroups);
+    for (uint32_t left = blocks; left != 0; left &= left - 1) {
+      const auto shift = static_cast<uint32_t>(4 * __builtin_ctz(left));
+      hints = (hints & ~(uint64_t{15} << shift)) | uint64_t{group} << shift;
+    }
   }
-  size_t memory_bytes() const {
-    return leaves_.capacity() * sizeof(leaves_[0]) + leaf_count_ * kLeafChunks * sizeof(uint32_t);
+  // The newest group that any of the blocks has, and in `blocks` those that have it; 0: none has one.
+  static uint32_t newest(uint64_t hints, uint16_t& blocks) {
+    uint32_t best = 0;
+    uint16_t with = 0;
+    for (uint32_t left = blocks; left != 0; left &= left - 1) {
+      const auto block = static_cast<uint32_t>(__builtin_ctz(left));
+      const uint32_t group = hint(hints, block);
+      if (group > best) with = 0;
+      if (group < best) continue;
+      best = group;
+      with = static_cast<uint16_t>(with | 1u << block);
+    }
+    blocks = with;
+    return best;
   }
+  size_t memory_bytes() const { return leaves_.capacity() * sizeof(leaves_[0]) + leaf_count_ * sizeof(Leaf); }
 
  private:
-  std::vector<std::unique_ptr<uint32_t[]>> leaves_;
+  std::vector<std::unique_ptr<Leaf>> leaves_;
   size_t leaf_count_ = 0;
   size_t width_ = 1;
 };

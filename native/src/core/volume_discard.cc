@@ -189,7 +189,6 @@ VolumeImpl::HoleResult VolumeImpl::add_hole(uint32_t slab, uint32_t chunk, uint3
   }
   image.slot = slot;
   top().holes.add(chunk, uint64_t{chunk} + 1);
-  chain_.mention(chunk, layers_.size() - 1, layers_.size());
   if (clear_index != kNoIndex) set_entry(slab, clear_index, {chunk, 0, 0});
   mark_dirty(image);
   return HoleResult::kAdded;

@@ -81,6 +81,8 @@ void VolumeImpl::fill_page(uint32_t index, SlabPage* page, ChunkSet* limbo) cons
 void VolumeImpl::set_entry(uint32_t index, uint32_t chunk, SlabEntry entry) {
   HF_ASSERT((entry.data & entry.zero) == 0);
   SlabEntry& place = slabs_.plain(index)[chunk];
+  // A frozen layer never comes to say more than it did: chain_ rests on it.
+  HF_ASSERT(in_top(slabs_[index]) || ((entry.data & ~place.data) | (entry.zero & ~place.zero)) == 0);
   if ((place.data | place.zero) == 0 && (entry.data | entry.zero) != 0) touch_limbo(index, chunk);
   data_chunks_ += entry.data != 0;
   data_chunks_ -= place.data != 0;

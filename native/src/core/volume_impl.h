@@ -234,24 +234,32 @@ class VolumeImpl final : public Volume {
   };
   LayerView view(const Layer& layer, uint32_t chunk) const;
   static constexpr size_t kIndexedDepth = 4;  // layers: from so many on chain_ is worth its memory
-  uint32_t mentions(uint32_t chunk) const;    // locked: a mask of chain_
-  // Locked. Calls `each` with the layers below index `from` that may say something about the chunk, newest first, until
-  // it returns false.
+  uint64_t& hints(uint32_t chunk) const;      // locked: of chain_, with every frozen layer in them
+  // Locked. Asks the top, if `with_top`, and then those below for `blocks` of the chunk: each block is asked of the layers
+  // that may say something about it, newest first, until one answers. `each` gets a layer and the blocks that it is asked
+  // for, and returns those that it answers.
   template <typename F>
-  void through_layers(uint32_t chunk, size_t from, F&& each) const {
+  void through_layers(uint32_t chunk, uint16_t blocks, bool with_top, F&& each) const {
+    uint16_t open = blocks;
+    const auto ask = [&](size_t layer, uint16_t asked) {
+      const uint16_t answered = each(layers_[layer], asked);
+      HF_ASSERT((answered & ~asked) == 0);
+      open = static_cast<uint16_t>(open & ~answered);
+      return static_cast<uint16_t>(asked & ~answered);
+    };
     if (layers_.size() < kIndexedDepth || state_ == State::kOpening) {
-      for (size_t i = from; i-- > 0;) {
-        if (!each(layers_[i])) return;
-      }
+      for (size_t i = layers_.size() - !with_top; i-- > 0 && open != 0;) ask(i, open);
       return;
     }
-    for (uint32_t mask = mentions(chunk); mask != 0;) {
-      const auto group = static_cast<size_t>(31 - __builtin_clz(mask));
-      mask &= ~(1u << group);
-      const size_t first = group * chain_.width();
-      for (size_t i = std::min(from, first + chain_.width()); i > first; i--) {
-        if (!each(layers_[i - 1])) return;
-      }
+    if (with_top && ask(layers_.size() - 1, open) == 0) return;
+    uint64_t& known = hints(chunk);
+    while (open != 0) {
+      uint16_t asked = open;
+      const uint32_t group = ChainIndex::newest(known, asked);
+      if (group == 0) return;
+      const size_t end = std::min(chain_.first(group + 1), layers_.size() - 1);
+      for (size_t i = end; i-- > chain_.first(group) && asked != 0;) asked = ask(i, asked);
+      ChainIndex::set_hint(known, asked, group - 1);  // stripped since: older groups are next
     }
   }
   // Below the top: blocks that show data when the top says nothing, and blocks that any layer says anything about.

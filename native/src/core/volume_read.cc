@@ -25,35 +25,33 @@ VolumeImpl::LayerView VolumeImpl::view(const Layer& layer, uint32_t chunk) const
   return found;
 }
 
-uint32_t VolumeImpl::mentions(uint32_t chunk) const {
-  chain_.fit(layers_.size());
-  uint32_t* masks = chain_.leaf(chunk);
-  if (masks == nullptr) {
-    masks = chain_.add_leaf(chunk);
-    const uint32_t first = chunk / ChainIndex::kLeafChunks * ChainIndex::kLeafChunks;
-    const uint32_t end = first + ChainIndex::kLeafChunks;
-    for (size_t i = 0; i < layers_.size(); i++) {
-      const uint32_t bit = chain_.bit(i);
-      const LayerMap& map = layers_[i].map;
-      for (uint32_t at = map.next_mapped(first, end); at < end; at = map.next_mapped(at + 1, end)) {
-        masks[at - first] |= bit;
-      }
-      layers_[i].holes.for_each(first, end, [&](uint64_t at) { masks[at - first] |= bit; });
+uint64_t& VolumeImpl::hints(uint32_t chunk) const {
+  const size_t frozen = layers_.size() - 1;
+  chain_.fit(frozen);
+  ChainIndex::Leaf& leaf = chain_.leaf(chunk);
+  const uint32_t first = chunk / ChainIndex::kLeafChunks * ChainIndex::kLeafChunks;
+  const uint32_t end = first + ChainIndex::kLeafChunks;
+  for (; leaf.layers < frozen; leaf.layers++) {
+    const Layer& layer = layers_[leaf.layers];
+    const uint32_t group = chain_.group(leaf.layers);
+    for (uint32_t at = layer.map.next_mapped(first, end); at < end; at = layer.map.next_mapped(at + 1, end)) {
+      const LayerView found = view(layer, at);
+      ChainIndex::set_hint(leaf.hints[at - first], static_cast<uint16_t>(found.data | found.zero), group);
     }
+    layer.holes.for_each(first, end, [&](uint64_t at) { ChainIndex::set_hint(leaf.hints[at - first], kAllBlocks, group); });
   }
-  return masks[chunk % ChainIndex::kLeafChunks];
+  return leaf.hints[chunk - first];
 }
 
 uint16_t VolumeImpl::older_data(uint32_t chunk, uint16_t* mentioned) const {
-  uint16_t open = kAllBlocks;
   uint16_t shown = 0;
   uint16_t any = 0;
-  through_layers(chunk, layers_.size() - 1, [&](const Layer& layer) {
+  through_layers(chunk, kAllBlocks, false, [&](const Layer& layer, uint16_t asked) {
     const LayerView found = view(layer, chunk);
-    shown = static_cast<uint16_t>(shown | (open & found.data));
-    open = static_cast<uint16_t>(open & ~(found.data | found.zero));
-    any = static_cast<uint16_t>(any | found.data | found.zero);
-    return open != 0 || (mentioned != nullptr && any != kAllBlocks);
+    const auto answered = static_cast<uint16_t>(asked & (found.data | found.zero));
+    shown = static_cast<uint16_t>(shown | (asked & found.data));
+    any = static_cast<uint16_t>(any | answered);
+    return answered;
   });
   if (mentioned != nullptr) *mentioned = any;
   return shown;
@@ -70,20 +68,18 @@ uint32_t VolumeImpl::resolve(uint64_t offset, uint64_t end, Piece* out, uint32_t
     const uint64_t chunk_end = uint64_t{chunk} * kChunkSize + kChunkSize;
     const uint32_t last = chunk_end <= end ? kBlocksPerChunk : static_cast<uint32_t>(end % kChunkSize) / kBlockSize;
     const uint16_t wanted = block_mask(first, last);
-    // Per layer from the top: the blocks it answers for, until none is open. Each of them has at least one.
+    // Layers and the blocks that they answer for with data. Each has at least one, and no block is in two.
     uint16_t masks[kBlocksPerChunk];
     Place places[kBlocksPerChunk];
     uint32_t depth = 0;
-    uint16_t open = wanted;
-    through_layers(chunk, layers_.size(), [&](const Layer& layer) {
+    through_layers(chunk, wanted, true, [&](const Layer& layer, uint16_t asked) {
       const LayerView found = view(layer, chunk);
-      const auto mine = static_cast<uint16_t>(open & found.data);
-      open = static_cast<uint16_t>(open & ~(found.data | found.zero));
+      const auto mine = static_cast<uint16_t>(asked & found.data);
       if (mine != 0) {
         masks[depth] = mine;
         places[depth++] = found.place;
       }
-      return open != 0;
+      return static_cast<uint16_t>(asked & (found.data | found.zero));
     });
     for (uint32_t block = first; block < last;) {
       uint32_t source = 0;

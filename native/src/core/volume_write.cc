@@ -185,7 +185,6 @@ void VolumeImpl::take_chunk(uint32_t slab, uint32_t index, uint32_t chunk) {
   HF_ASSERT(listed(one) && one.hot != kNoIndex && one.free_chunks > 0);
   set_entry(slab, index, {chunk, 0, 0});
   top().map.set(chunk, slab << 8 | index);
-  chain_.mention(chunk, layers_.size() - 1, layers_.size());
   one.free_chunks--;
   free_total_--;
   if (usable_free(one) == 0) unlist_slab(slab);
