@@ -259,8 +259,16 @@ export interface OpenVolume {
    * success (a repeat). A failed cut leaves the old top, and writes go on.
    */
   cut(top: LayerSpec, snapshot: { name: string; unixMs: number }, timeoutMs: number): Promise<CutReport>;
-  /** Drops slabs of frozen layers from the map; resolves when no request that may know a place in them is left. */
-  forgetSlabs(slabs: SlabRun[]): Promise<void>;
+  /**
+   * Drops slabs of frozen layers from the map, and layers that hold no other slab from the chain; resolves when no request that may know
+   * a place in the slabs is left. Rejects HF_INVALID_ARGUMENT, and drops nothing, when a layer holds more, or is the top.
+   */
+  forget(slabs: SlabRun[], layers: bigint[]): Promise<void>;
+  /**
+   * Reads the pages of a frozen layer's slabs again, after mergeLayers(). Resolves when the volume would show the same without what was
+   * merged into it, also in the hands of an engine that takes over. Rejects HF_CORRUPT when a page says less than it did.
+   */
+  learn(layer: LayerSpec): Promise<void>;
   /**
    * Copies, into the top, the blocks that still show from these slabs of frozen layers, so that stripLayers() can empty them;
    * durable when it resolves. Unknown slabs are skipped, and so are those for whose blocks the top would need chunks for more
@@ -292,6 +300,11 @@ export interface CompactReport {
   complete: boolean;
   /** The rule would move more, but there is no slab to spare. */
   noSpace: boolean;
+}
+
+export interface MergeReport extends CompactReport {
+  /** Of the head's slabs, those that no page says are its own. */
+  spare: SlabRun[];
 }
 
 export interface StripReport {
@@ -355,6 +368,16 @@ export interface Pool {
   }): Promise<void>;
   /** DESIGN section 4, deleting a snapshot: see StripLayers in metadata.proto. Frozen victims only. */
   stripLayers(victims: LayerSpec[], covers: LayerSpec[]): Promise<StripReport>;
+  /**
+   * Copies what still shows of `victims` (folded, newest first) into the frozen layer right above them. Durable when it resolves; may be
+   * repeated. Every holder of `head` must learn() it before the victims are stripped of it.
+   */
+  mergeLayers(
+    victims: LayerSpec[],
+    head: LayerSpec,
+    skipAbovePermille: number,
+    maxBlocks: bigint,
+  ): Promise<MergeReport>;
   /** Frees and discards slabs that still name layer and generation; `tombstone`: the layers' records are deleted too. */
   wipeLayers(
     layers: { layerId: bigint; slot: number; slabs: SlabRun[] }[],

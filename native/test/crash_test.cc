@@ -16,10 +16,10 @@ TEST(Crash, ManySeedsKeepEveryInvariant) {
 }
 
 // Power cut and engine killed at each of them, one after the other, and all that comes of it.
-TEST(Crash, AtEveryBoundaryOfAStripAWipeACutAndAGrowth) {
+TEST(Crash, AtEveryBoundaryOfAStripAWipeACutAGrowthAndAMerge) {
   using At = CrashAim::At;
-  uint32_t crashes[5] = {};
-  for (const At at : {At::kStrip, At::kWipe, At::kCut, At::kGrowth}) {
+  uint32_t crashes[6] = {};
+  for (const At at : {At::kStrip, At::kWipe, At::kCut, At::kGrowth, At::kMerge}) {
     for (uint64_t seed = 2; seed <= 3; seed++) {
       CrashAim aim{at, static_cast<uint32_t>(1 + seed % 3), 1, true};
       for (bool more = true; more; aim.boundary++) {
@@ -36,8 +36,9 @@ TEST(Crash, AtEveryBoundaryOfAStripAWipeACutAndAGrowth) {
       }
     }
   }
-  std::printf("crashes in strips %u, wipes %u, cuts %u, growths %u\n", crashes[1], crashes[2], crashes[3], crashes[4]);
-  for (int at = 1; at < 5; at++) EXPECT_GE(crashes[at], 8u);
+  std::printf("crashes in strips %u, wipes %u, cuts %u, growths %u, merges %u\n", crashes[1], crashes[2], crashes[3],
+              crashes[4], crashes[5]);
+  for (int at = 1; at < 6; at++) EXPECT_GE(crashes[at], 8u);
 }
 
 struct Failed {

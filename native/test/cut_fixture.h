@@ -1,13 +1,45 @@
-// What tests of cuts share: a volume whose chain grows, the books of which slab is which layer's, and other volumes on
-// the same layers.
+// What tests of cuts share: a volume whose chain grows, the books of which slab is which layer's, other volumes on the
+// same layers, and the disk for jobs on them.
 #pragma once
 
 #include <map>
 
 #include "core/records.h"
+#include "core/sync_device.h"
 #include "volume_fixture.h"
 
 namespace holdfast::test {
+
+// The bench's disk for jobs on layers, which block.
+class BenchDisk final : public SyncDevice {
+ public:
+  explicit BenchDisk(Bench& bench) : bench_(bench) {}
+  uint64_t size_bytes() const override { return bench_.superblock.device_bytes; }
+  const std::string& name() const override { return name_; }
+  Status read(uint64_t offset, void* buffer, size_t length) override {
+    bench_.raw_read(offset, buffer, length);
+    return {};
+  }
+  Status write(uint64_t offset, const void* buffer, size_t length) override {
+    bench_.raw_write(offset, buffer, length);
+    return {};
+  }
+  Status write_durable(uint64_t offset, const void* buffer, size_t length) override {
+    return write(offset, buffer, length);
+  }
+  Status flush() override { return {}; }
+  Status discard(uint64_t offset, uint64_t length) override {
+    // What was there must not be missed by anybody.
+    const std::vector<uint8_t> garbage(kBlock, 0xdd);
+    for (uint64_t at = 0; at < length; at += kBlock) bench_.raw_write(offset + at, garbage.data(), kBlock);
+    return {};
+  }
+  Status zero(uint64_t, uint64_t) override { return {}; }
+
+ private:
+  Bench& bench_;
+  std::string name_ = "bench";
+};
 
 struct CutBench : Bench {
   explicit CutBench(uint64_t size_bytes = 4 * kMiB, uint64_t stock_slabs = 200, uint64_t seed = 0)
@@ -219,6 +251,36 @@ struct CutBench : Bench {
 
   std::map<uint64_t, std::map<uint64_t, uint64_t>> books;  // layer -> slab -> generation
   CutReport report;
+};
+
+// A chain of random layers, and what each of them shows.
+struct ChainBench : CutBench {
+  using CutBench::CutBench;
+
+  // Layers of random writes and discards, each of which shows through those above in part.
+  void build(SimRandom& random, size_t frozen, int writes = 30) {
+    model.assign(spec.size_bytes / kBlock, 0);
+    ASSERT_TRUE(open().ok());
+    for (size_t i = 0; i < frozen; i++) {
+      churn(random, model, writes);
+      const Status status = cut();
+      ASSERT_TRUE(status.ok()) << status.message;
+      snapshots.push_back(model);
+    }
+  }
+  // What each frozen layer shows, and the volume.
+  void expect_same(const std::string& when, size_t named = 100) {
+    EXPECT_EQ(blocks(), model) << when;
+    for (size_t s = 0; s < std::min(named, snapshots.size()); s++) {
+      auto reader = view(spec.layers.size() - 1 - s);
+      ASSERT_NE(reader, nullptr);
+      EXPECT_EQ(blocks_of(*reader), snapshots[s]) << "snapshot " << s << ", " << when;
+      drop(reader);
+    }
+  }
+
+  std::vector<uint8_t> model;
+  std::vector<std::vector<uint8_t>> snapshots;  // oldest first
 };
 
 }  // namespace holdfast::test

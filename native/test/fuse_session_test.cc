@@ -44,7 +44,8 @@ class Sink final : public Volume {
   void hold(uint64_t, Done) override {}
   void release(Done) override {}
   void cut(const LayerSpec&, const SnapshotInfo&, uint64_t, CutDone) override {}
-  void forget_slabs(const std::vector<SlabRun>&, Done) override {}
+  void forget(const std::vector<SlabRun>&, const std::vector<uint64_t>&, Done) override {}
+  void learn(const LayerSlabs&, Done) override {}
   void compact(const std::vector<LayerSlabs>&, uint32_t, uint64_t, CompactDone) override {}
   void close(Done) override {}
   void abort(Done) override {}

@@ -58,6 +58,7 @@ class LayerJobs : public PoolTest {
     spec.layer_id = id;
     spec.slot = slot;
     spec.birth = id;
+    spec.parent_layer_id = id == 41 ? 30 : id - 1;
     spec.frozen = frozen;
     spec.slabs = {{first, count, kGeneration}};
     return spec;
@@ -315,6 +316,39 @@ TEST_F(LayerJobs, ATombstoneKeepsItsParentAndTheChainCanBeFollowedThroughIt) {
   // Without the tombstone's own parent the chain is broken, and said to be.
   ASSERT_OK(write_layer_record(device, s, 1, layer_record(31, 0, 40, LayerState::kDeleted)));
   EXPECT_NE(findings(false).find("layer-without-parent"), std::string::npos);
+}
+
+// 41 has left the chain, and so does 42: before it becomes a tombstone its record is made to name 30.
+TEST_F(LayerJobs, AStripMakesARecordNameTheLivingLayerBelowAndTheTombstonesSlotIsAnybodys) {
+  ASSERT_OK(strip_layers(device, s, victims(), covers()));
+  ASSERT_OK(wipe_layers(device, s, {{41, 2, {{1, 2, kGeneration}}}}, true));
+  LayerSpec relinked = layer(42, 3, 3, 1);
+  relinked.parent_layer_id = 30;
+  relinked.slabs.clear();
+  ASSERT_OK(strip_layers(device, s, {relinked}, {layer(43, 4, 4, 1, false)}));
+  for (uint64_t copy = 0; copy < 2; copy++) {
+    LayerRecord record;
+    std::memcpy(&record, device.raw(s.layer_table_offset + (3 * 2 + copy) * format::kPageSize), sizeof record);
+    EXPECT_EQ(record.parent_layer_id, 30u) << "copy " << copy;
+  }
+  EXPECT_EQ(newest(3).entries[0].data, 0xffff) << "no slab was given";
+  for (int twice = 0; twice < 2; twice++) {
+    ASSERT_OK(write_layer_record(device, s, 2, layer_record(90, 43, 40, LayerState::kWritable)));
+  }
+  EXPECT_EQ(findings(false), "") << "the chain does not go through the slot any more";
+  damage(s.layer_table_offset + (3 * 2) * format::kPageSize);
+  EXPECT_EQ(findings(false).find("layer-without-parent"), std::string::npos) << "whichever copy is lost";
+}
+
+TEST_F(LayerJobs, AParentThatIsNotOlderIsRefused) {
+  for (const uint64_t parent : {42, 43}) {
+    std::vector<LayerSpec> wrong = victims();
+    wrong[1].parent_layer_id = parent;
+    EXPECT_TRUE(has_code(strip_layers(device, s, wrong, covers()), Code::kInvalidArgument, "not older"));
+  }
+  Result<std::optional<LayerRecord>> record = load_layer_record(device, s, 2);
+  ASSERT_OK(record);
+  EXPECT_EQ((*record)->parent_layer_id, 30u);
 }
 
 TEST_F(LayerJobs, AWipeCutOffBetweenTheCopiesIsFinished) {

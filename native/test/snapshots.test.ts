@@ -7,6 +7,7 @@ import {
   type CutReport,
   type LayerRecord,
   type LayerSpec,
+  type MergeReport,
   type SlabRun,
   type StripReport,
   type VolumeRecord,
@@ -389,14 +390,18 @@ describe('a deleted snapshot', () => {
     expect(report.uses).toEqual([{ layerId: middle.layerId, liveBlocks: 0n, slabs: 0n }]);
     const count = (runs: { count: number }[]): number => runs.reduce((all, one) => all + one.count, 0);
     expect(count(report.emptied)).toBe(count(middle.slabs));
-    await engine.call('volumeCall', r.pool.uuid, 1n, 'forgetSlabs', report.emptied);
+    await engine.call('volumeCall', r.pool.uuid, 1n, 'forget', report.emptied, [middle.layerId]);
     const wipe = [{ layerId: middle.layerId, slot: middle.slot, slabs: report.emptied }];
     await other.call('poolCall', r.pool.uuid, 'wipeLayers', wipe, false);
     expect(await sum(device.devicePath, 128n)).toBe(before);
     // A successor does not look for what was forgotten.
     await engine.kill();
     const successor = await r.engine();
-    await successor.call<AdoptedPool[]>('adopt');
+    const [adopted] = await successor.call<AdoptedPool[]>('adopt');
+    expect(adopted?.volumes[0]?.spec.layers.map(({ layerId }) => layerId)).toEqual([
+      topLayer.layerId,
+      base.layerId,
+    ]);
     await r.supply(successor);
     expect(await sum(device.devicePath, 128n)).toBe(before);
     await r.close(successor, spec);
@@ -404,6 +409,74 @@ describe('a deleted snapshot', () => {
     await other.call('poolCall', r.pool.uuid, 'wipeLayers', wipe, true);
     const record = await other.call<LayerRecord>('poolCall', r.pool.uuid, 'readLayerRecord', middle.slot);
     expect(record).toMatchObject({ state: 'deleted', parentLayerId: base.layerId });
+    await successor.call('poolCall', r.pool.uuid, 'close');
+    await other.call('poolCall', r.pool.uuid, 'close');
+    await expectCleanPool(r);
+  }, 120_000);
+});
+
+describe('below a snapshot that is kept', () => {
+  it('what shows of a deleted one is merged into it; a holder, its successor and a reader show the same without the old one', async () => {
+    const r = await fresh('merge');
+    const engine = await r.host();
+    let spec = r.spec(1n, 128n * MiB);
+    const { export: device } = await r.open(engine, spec);
+    const write = (count: number, seek = 0): Promise<string> =>
+      run('dd', [
+        'if=/dev/urandom',
+        `of=${device.devicePath}`,
+        'bs=4k',
+        `count=${count}`,
+        `seek=${seek}`,
+        'oflag=direct',
+        'conv=notrunc',
+        'status=none',
+      ]);
+    await write(10_000);
+    spec = (await cut(r, engine, spec)).spec;
+    await r.supply(engine);
+    await write(4_003, 5);
+    await run('blkdiscard', ['--offset', String(30n * MiB), '--length', String(5n * MiB), device.devicePath]);
+    spec = (await cut(r, engine, spec)).spec; // layers: top, kept, gone
+    await r.supply(engine);
+    await write(200, 9_000);
+    const before = await sum(device.devicePath, 128n);
+    const [topLayer, kept, gone] = spec.layers as [LayerSpec, LayerSpec, LayerSpec];
+    const other = await r.otherHost();
+    const view = clone(r, 2n, [kept, gone], { readOnly: true });
+    const reading = await r.open(other, view);
+    const shown = await sum(reading.export.devicePath, 128n);
+
+    const head = { ...kept, slabs: [...kept.slabs, ...r.take(3)] };
+    const merged = await other.call<MergeReport>(
+      'poolCall',
+      r.pool.uuid,
+      'mergeLayers',
+      [gone],
+      head,
+      1000,
+      0n,
+    );
+    expect(merged).toMatchObject({ complete: true, noSpace: false });
+    expect(merged.movedBlocks).toBeGreaterThan(4000n);
+    expect(await sum(device.devicePath, 128n)).toBe(before);
+    await engine.call('volumeCall', r.pool.uuid, 1n, 'learn', head);
+    await other.call('volumeCall', r.pool.uuid, 2n, 'learn', head);
+    const stripped = await other.call<StripReport>('poolCall', r.pool.uuid, 'stripLayers', [gone], [head]);
+    expect(stripped.uses).toEqual([{ layerId: gone.layerId, liveBlocks: 0n, slabs: 0n }]);
+    await engine.call('volumeCall', r.pool.uuid, 1n, 'forget', stripped.emptied, [gone.layerId]);
+    await other.call('volumeCall', r.pool.uuid, 2n, 'forget', stripped.emptied, [gone.layerId]);
+    const wipe = [{ layerId: gone.layerId, slot: gone.slot, slabs: stripped.emptied }];
+    await other.call('poolCall', r.pool.uuid, 'wipeLayers', wipe, true);
+    expect(await sum(device.devicePath, 128n)).toBe(before);
+    expect(await sum(reading.export.devicePath, 128n)).toBe(shown);
+    await engine.kill();
+    const successor = await r.engine();
+    await successor.call<AdoptedPool[]>('adopt');
+    await r.supply(successor);
+    expect(await sum(device.devicePath, 128n)).toBe(before);
+    await r.close(other, view);
+    await r.close(successor, { ...spec, layers: [topLayer, head] });
     await successor.call('poolCall', r.pool.uuid, 'close');
     await other.call('poolCall', r.pool.uuid, 'close');
     await expectCleanPool(r);
@@ -476,7 +549,7 @@ describe('compaction', () => {
       const [head, ...victims] = this.layers() as [LayerSpec, ...LayerSpec[]];
       const { uuid } = this.rig.pool;
       const report = await this.engine.call<StripReport>('poolCall', uuid, 'stripLayers', victims, [head]);
-      await this.engine.call('volumeCall', uuid, this.spec.volumeId, 'forgetSlabs', report.emptied);
+      await this.engine.call('volumeCall', uuid, this.spec.volumeId, 'forget', report.emptied, []);
       const gone = new Set(
         report.emptied.flatMap((run) => Array.from({ length: run.count }, (_, i) => run.first + BigInt(i))),
       );

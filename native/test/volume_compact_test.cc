@@ -4,46 +4,14 @@
 #include <cerrno>
 
 #include "core/layer_jobs.h"
-#include "core/sync_device.h"
 #include "cut_fixture.h"
 
 namespace holdfast::test {
 namespace {
 
-// The bench's disk for jobs on layers, which block.
-class BenchDisk final : public SyncDevice {
- public:
-  explicit BenchDisk(Bench& bench) : bench_(bench) {}
-  uint64_t size_bytes() const override { return bench_.superblock.device_bytes; }
-  const std::string& name() const override { return name_; }
-  Status read(uint64_t offset, void* buffer, size_t length) override {
-    bench_.raw_read(offset, buffer, length);
-    return {};
-  }
-  Status write(uint64_t offset, const void* buffer, size_t length) override {
-    bench_.raw_write(offset, buffer, length);
-    return {};
-  }
-  Status write_durable(uint64_t offset, const void* buffer, size_t length) override {
-    return write(offset, buffer, length);
-  }
-  Status flush() override { return {}; }
-  Status discard(uint64_t offset, uint64_t length) override {
-    // What was there must not be missed by anybody.
-    const std::vector<uint8_t> garbage(kBlock, 0xdd);
-    for (uint64_t at = 0; at < length; at += kBlock) bench_.raw_write(offset + at, garbage.data(), kBlock);
-    return {};
-  }
-  Status zero(uint64_t, uint64_t) override { return {}; }
-
- private:
-  Bench& bench_;
-  std::string name_ = "bench";
-};
-
-struct CompactBench : CutBench {
+struct CompactBench : ChainBench {
   explicit CompactBench(uint64_t size_bytes = 2 * kMiB, uint64_t stock_slabs = 200, uint64_t seed = 0)
-      : CutBench(size_bytes, stock_slabs, seed) {}
+      : ChainBench(size_bytes, stock_slabs, seed) {}
 
   struct Compacting {
     bool given = false;
@@ -98,7 +66,7 @@ struct CompactBench : CutBench {
   }
   // As the service does with what stripping has emptied.
   void wipe(const std::vector<SlabRun>& emptied) {
-    EXPECT_TRUE(call([&](Volume::Done done) { volume->forget_slabs(emptied, std::move(done)); }).ok());
+    EXPECT_TRUE(call([&](Volume::Done done) { volume->forget(emptied, {}, std::move(done)); }).ok());
     BenchDisk disk(*this);
     format::Superblock s = superblock;
     s.header.pool = kPoolUuid;
@@ -119,30 +87,6 @@ struct CompactBench : CutBench {
     return count;
   }
 
-  // Layers of random writes and discards, each of which shows through those above in part.
-  void build(SimRandom& random, size_t frozen, int writes = 30) {
-    model.assign(spec.size_bytes / kBlock, 0);
-    ASSERT_TRUE(open().ok());
-    for (size_t i = 0; i < frozen; i++) {
-      churn(random, model, writes);
-      const Status status = cut();
-      ASSERT_TRUE(status.ok()) << status.message;
-      snapshots.push_back(model);
-    }
-  }
-  // What each frozen layer shows, and the volume.
-  void expect_same(const std::string& when, size_t named = 100) {
-    EXPECT_EQ(blocks(), model) << when;
-    for (size_t s = 0; s < std::min(named, snapshots.size()); s++) {
-      auto reader = view(spec.layers.size() - 1 - s);
-      ASSERT_NE(reader, nullptr);
-      EXPECT_EQ(blocks_of(*reader), snapshots[s]) << "snapshot " << s << ", " << when;
-      drop(reader);
-    }
-  }
-
-  std::vector<uint8_t> model;
-  std::vector<std::vector<uint8_t>> snapshots;  // oldest first
   uint64_t live_blocks = 0;                      // that the last strip left
 };
 

@@ -741,7 +741,7 @@ TEST(VolumeCut, ForgettingWaitsForReadsInFlightAndNothingResolvesThereLater) {
   ASSERT_EQ(bench.write(0, 8 * kChunk, 9), 0);
   ASSERT_EQ(bench.flush(), 0);
   Status forgotten{Code::kBusy, "not yet"};
-  bench.volume->forget_slabs(frozen, [&](Status status) { forgotten = std::move(status); });
+  bench.volume->forget(frozen, {}, [&](Status status) { forgotten = std::move(status); });
   bench.drive();
   for (int i = 0; i < 3; i++) {
     ASSERT_EQ(bench.flush(), 0);
@@ -760,7 +760,7 @@ TEST(VolumeCut, ForgettingWaitsForReadsInFlightAndNothingResolvesThereLater) {
   EXPECT_TRUE(bench.reads(0, 8 * kChunk, 9));
   ASSERT_EQ(bench.discard(0, kChunk), 0);
   EXPECT_TRUE(bench.reads(0, kChunk, 0));
-  EXPECT_TRUE(bench.call([&](Volume::Done done) { bench.volume->forget_slabs(frozen, std::move(done)); }).ok())
+  EXPECT_TRUE(bench.call([&](Volume::Done done) { bench.volume->forget(frozen, {}, std::move(done)); }).ok())
       << "an order that comes again";
   ASSERT_EQ(bench.write(20 * kChunk, 30 * kChunk, 4), 0);  // takes the index again
   ASSERT_TRUE(bench.cut().ok());
@@ -820,7 +820,7 @@ TEST(VolumeCut, AnEmptySlabThatWasForgottenDoesNotComeBackWithATakeOver) {
   }
   bench.spec.layers = bench.with_slabs(bench.spec.layers);
   ASSERT_TRUE(bench.open(true).ok());
-  ASSERT_TRUE(bench.call([&](Volume::Done done) { bench.volume->forget_slabs(empty, std::move(done)); }).ok());
+  ASSERT_TRUE(bench.call([&](Volume::Done done) { bench.volume->forget(empty, {}, std::move(done)); }).ok());
   bench.kill();
   // They are another volume's by now.
   for (const SlabRun& run : empty) {
@@ -844,7 +844,7 @@ TEST(VolumeCut, ForgettingASlabOfTheWritableLayerIsRefused) {
   ASSERT_TRUE(bench.open().ok());
   ASSERT_EQ(bench.write(0, kChunk, 1), 0);
   const auto slabs = bench.slabs_of(50);
-  EXPECT_EQ(bench.call([&](Volume::Done done) { bench.volume->forget_slabs(slabs, std::move(done)); }).code,
+  EXPECT_EQ(bench.call([&](Volume::Done done) { bench.volume->forget(slabs, {}, std::move(done)); }).code,
             Code::kInvalidArgument);
   EXPECT_TRUE(bench.reads(0, kChunk, 1));
 }

@@ -125,6 +125,14 @@ std::vector<SlabRun> runs_from(const Napi::Array& array, const char* name) {
   return runs;
 }
 
+std::vector<uint64_t> ids_from(const Napi::Value& value, const char* name) {
+  if (!value.IsArray()) wrong(value.Env(), name, "an array of bigints");
+  const Napi::Array array = value.As<Napi::Array>();
+  std::vector<uint64_t> ids;
+  for (uint32_t i = 0; i < array.Length(); ++i) ids.push_back(u64_of(array.Get(i), name));
+  return ids;
+}
+
 LayerSpec layer_spec_from(const Napi::Object& layer) {
   LayerSpec out;
   out.layer_id = get_u64(layer, "layerId");
@@ -342,6 +350,15 @@ Napi::Value to_js(Napi::Env env, const LayerUse& use) {
   out.Set("layerId", big(env, use.layer_id));
   out.Set("liveBlocks", big(env, use.live_blocks));
   out.Set("slabs", big(env, use.slabs));
+  return out;
+}
+
+Napi::Value to_js(Napi::Env env, const MergeReport& report) {
+  Napi::Object out = Napi::Object::New(env);
+  out.Set("movedBlocks", big(env, report.moved_blocks));
+  out.Set("complete", report.complete);
+  out.Set("noSpace", report.no_space);
+  out.Set("spare", array_to_js(env, report.spare));
   return out;
 }
 

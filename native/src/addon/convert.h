@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "core/checker.h"
-#include "core/layer_jobs.h"
+#include "core/layer_merge.h"
 #include "core/pool.h"
 #include "core/records.h"
 #include "core/volume.h"
@@ -35,6 +35,7 @@ bool find_bool(const Napi::Object& object, const char* name);                   
 format::Uuid get_uuid(const Napi::Object& object, const char* name);
 Napi::Array get_array(const Napi::Object& object, const char* name);
 std::vector<SlabRun> runs_from(const Napi::Array& array, const char* name);
+std::vector<uint64_t> ids_from(const Napi::Value& value, const char* name);        // an array of bigints
 LayerSpec layer_spec_from(const Napi::Object& object);
 std::vector<LayerSpec> layer_specs_from(const Napi::Value& value, const char* name);
 VolumeSpec volume_spec_from(const Napi::Object& object);
@@ -54,6 +55,7 @@ Napi::Value to_js(Napi::Env env, const LayerSpec& layer);
 Napi::Value to_js(Napi::Env env, const VolumeSpec& spec);
 Napi::Value to_js(Napi::Env env, const CutReport& report);
 Napi::Value to_js(Napi::Env env, const CompactReport& report);
+Napi::Value to_js(Napi::Env env, const MergeReport& report);
 Napi::Value to_js(Napi::Env env, const LayerUse& use);
 Napi::Value to_js(Napi::Env env, const StripReport& report);
 Napi::Value to_js(Napi::Env env, const ByteRange& range);

@@ -46,7 +46,7 @@ class VolumeWrap : public Napi::ObjectWrap<VolumeWrap> {
                         InstanceMethod<&VolumeWrap::revoke>("revoke"), InstanceMethod<&VolumeWrap::detach>("detach"),
                         InstanceMethod<&VolumeWrap::hold>("hold"), InstanceMethod<&VolumeWrap::release>("release"),
                         InstanceMethod<&VolumeWrap::cut>("cut"),
-                        InstanceMethod<&VolumeWrap::forget_slabs>("forgetSlabs"),
+                        InstanceMethod<&VolumeWrap::forget>("forget"), InstanceMethod<&VolumeWrap::learn>("learn"),
                         InstanceMethod<&VolumeWrap::compact>("compact"),
                         InstanceMethod<&VolumeWrap::stats>("stats")});
   }
@@ -98,12 +98,22 @@ class VolumeWrap : public Napi::ObjectWrap<VolumeWrap> {
           [](Napi::Env env, CutReport& report) { return to_js(env, report); });
     });
   }
-  Napi::Value forget_slabs(const Napi::CallbackInfo& info) {
+  Napi::Value forget(const Napi::CallbackInfo& info) {
     return reject_on_throw(info, [&] {
       if (!info[0].IsArray()) throw_invalid(info.Env(), "slabs must be an array of slab runs");
       std::vector<SlabRun> slabs = runs_from(info[0].As<Napi::Array>(), "slabs");
+      std::vector<uint64_t> layers = ids_from(info[1], "layers");
       return promise_for_status(info.Env(), data_of(info.Env())->dispatcher,
-                                [volume = volume_, slabs = std::move(slabs)] { return volume->forget_slabs(slabs); });
+                                [volume = volume_, slabs = std::move(slabs), layers = std::move(layers)] {
+                                  return volume->forget(slabs, layers);
+                                });
+    });
+  }
+  Napi::Value learn(const Napi::CallbackInfo& info) {
+    return reject_on_throw(info, [&] {
+      const LayerSpec spec = layer_spec_from(object_argument(info, 0, "layer"));
+      return promise_for_status(info.Env(), data_of(info.Env())->dispatcher,
+                                [volume = volume_, layer = LayerSlabs{spec.layer_id, spec.slabs}] { return volume->learn(layer); });
     });
   }
   Napi::Value compact(const Napi::CallbackInfo& info) {
@@ -167,7 +177,8 @@ class PoolWrap : public Napi::ObjectWrap<PoolWrap> {
          InstanceMethod<&PoolWrap::read_volume_records>("readVolumeRecords"),
          InstanceMethod<&PoolWrap::scan_slabs>("scanSlabs"), InstanceMethod<&PoolWrap::wipe_volume>("wipeVolume"),
          InstanceMethod<&PoolWrap::read_layer_record>("readLayerRecord"),
-         InstanceMethod<&PoolWrap::strip_layers>("stripLayers"), InstanceMethod<&PoolWrap::wipe_layers>("wipeLayers"),
+         InstanceMethod<&PoolWrap::strip_layers>("stripLayers"),
+         InstanceMethod<&PoolWrap::merge_layers>("mergeLayers"), InstanceMethod<&PoolWrap::wipe_layers>("wipeLayers"),
          InstanceMethod<&PoolWrap::read_changes>("readChanges"), InstanceMethod<&PoolWrap::close>("close"),
          InstanceMethod<&PoolWrap::stop>("stop")});
   }
@@ -405,6 +416,22 @@ class PoolWrap : public Napi::ObjectWrap<PoolWrap> {
             return holdfast::read_layer_record(device, superblock, slot);
           },
           [](Napi::Env env, Found& value) { return value.has_value() ? to_js(env, *value) : env.Undefined(); });
+    });
+  }
+  Napi::Value merge_layers(const Napi::CallbackInfo& info) {
+    return reject_on_throw(info, [&] {
+      std::vector<LayerSpec> victims = layers_argument(info, 0, "victims");
+      LayerSpec head = layer_spec_from(object_argument(info, 1, "head"));
+      layer_slot(info, head.slot);
+      const uint32_t permille = u32_argument(info, 2, "skipAbovePermille");
+      const uint64_t most = u64_argument(info, 3, "maxBlocks");
+      return on_disk<MergeReport>(
+          info,
+          [victims = std::move(victims), head = std::move(head), permille, most](SyncDevice& device,
+                                                                                 const format::Superblock& superblock) {
+            return holdfast::merge_layers(device, superblock, victims, head, permille, most, pace());
+          },
+          [](Napi::Env env, MergeReport& report) { return to_js(env, report); });
     });
   }
   Napi::Value strip_layers(const Napi::CallbackInfo& info) {

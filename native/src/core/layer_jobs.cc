@@ -3,9 +3,8 @@
 
 #include <algorithm>
 #include <cstring>
-#include <map>
-#include <set>
 
+#include "layer_pages.h"
 #include "slab_pairs.h"
 
 namespace holdfast {
@@ -17,73 +16,6 @@ using format::kPageSize;
 using format::SlabEntry;
 using format::SlabPage;
 using format::Superblock;
-
-constexpr uint16_t kAll = 0xffff;
-
-uint64_t bits(uint16_t mask) { return static_cast<uint64_t>(__builtin_popcount(mask)); }
-
-// Blocks of a volume, 16 to a chunk, in pieces that exist where any is.
-class BlockSet {
- public:
-  static constexpr uint32_t kPieceChunks = 4096;
-  uint16_t get(uint32_t chunk) const {
-    const auto piece = pieces_.find(chunk / kPieceChunks);
-    return piece == pieces_.end() ? uint16_t{0} : piece->second[chunk % kPieceChunks];
-  }
-  void add(uint32_t chunk, uint16_t mask) {
-    if (mask == 0) return;
-    std::vector<uint16_t>& piece = pieces_[chunk / kPieceChunks];
-    if (piece.empty()) piece.resize(kPieceChunks);
-    piece[chunk % kPieceChunks] = static_cast<uint16_t>(piece[chunk % kPieceChunks] | mask);
-  }
-  void add_chunks(uint64_t from, uint64_t to) {
-    for (uint64_t chunk = from; chunk < to; chunk++) add(static_cast<uint32_t>(chunk), kAll);
-  }
-  template <typename Visit>  // visit(chunk, mask), ascending, empty ones left out; false ends it
-  void each(uint32_t from, Visit visit) const {
-    for (auto piece = pieces_.lower_bound(from / kPieceChunks); piece != pieces_.end(); ++piece) {
-      for (uint32_t i = 0; i < kPieceChunks; i++) {
-        const uint32_t chunk = piece->first * kPieceChunks + i;
-        if (chunk >= from && piece->second[i] != 0 && !visit(chunk, piece->second[i])) return;
-      }
-    }
-  }
-
- private:
-  std::map<uint32_t, std::vector<uint16_t>> pieces_;
-};
-
-bool names(const SlabPage& page, const LayerSpec& layer, const SlabRun& run) {
-  return page.layer_id == layer.layer_id && page.generation == run.generation;
-}
-
-// Entries that no correct engine writes are followed by nobody.
-Status sane(uint64_t slab, const SlabPage& page) {
-  bool good = page.hole_count <= format::kHolesPerSlab;
-  for (uint32_t i = 0; good && i < page.hole_count; i++) {
-    good = page.holes[i].length > 0 && uint64_t{page.holes[i].start} + page.holes[i].length <= kNoChunk;
-  }
-  for (const SlabEntry& entry : page.entries) {
-    good = good && (entry.data & entry.zero) == 0 && (entry.logical_chunk != kNoChunk || (entry.data | entry.zero) == 0);
-  }
-  if (good) return {};
-  return {Code::kCorrupt, "the page of slab " + std::to_string(slab) + " (layer " + std::to_string(page.layer_id) +
-                              ") makes no sense although its checksum is right. Run `holdfast pool check`"};
-}
-
-Status both_bad(uint64_t slab, const LayerSpec& layer) {
-  return {Code::kCorrupt, "both copies of the page of slab " + std::to_string(slab) + " of layer " +
-                              std::to_string(layer.layer_id) + " are damaged. Run `holdfast pool check`"};
-}
-
-void add_coverage(BlockSet& set, const SlabPage& page) {
-  for (const SlabEntry& entry : page.entries) {
-    if (entry.logical_chunk != kNoChunk) set.add(entry.logical_chunk, static_cast<uint16_t>(entry.data | entry.zero));
-  }
-  for (uint32_t i = 0; i < page.hole_count; i++) {
-    set.add_chunks(page.holes[i].start, uint64_t{page.holes[i].start} + page.holes[i].length);
-  }
-}
 
 class Stripper {
  public:
@@ -231,31 +163,17 @@ class Stripper {
   std::vector<Changed> changed_;
 };
 
-Status check_layers(const Superblock& s, const std::vector<LayerSpec>& layers) {
-  for (const LayerSpec& layer : layers) {
-    if (layer.layer_id == 0) return {Code::kInvalidArgument, "layer ids begin at 1"};
-    for (const SlabRun& run : layer.slabs) {
-      if (Status status = check_run(s, run); !status.ok()) return status;
-    }
+// A chain goes from newer layers to older ones: what covers a victim is never below it.
+Status check_parent(const std::vector<LayerSpec>& victims, const std::vector<LayerSpec>& covers, size_t index) {
+  const uint64_t parent = victims[index].parent_layer_id;
+  const auto is_parent = [&](const LayerSpec& layer) { return layer.layer_id == parent; };
+  const auto upto = victims.begin() + static_cast<ptrdiff_t>(index) + 1;
+  if (parent == 0 || (std::none_of(victims.begin(), upto, is_parent) &&
+                      std::none_of(covers.begin(), covers.end(), is_parent))) {
+    return {};
   }
-  return {};
-}
-
-// What a record says must fit before anything is changed: that it is the victim's, frozen, and not deleted.
-Status check_victim(SyncDevice& device, const Superblock& s, const LayerSpec& victim, format::LayerRecord* out) {
-  Result<std::optional<format::LayerRecord>> found = load_layer_record(device, s, victim.slot);
-  if (!found.ok()) return found.status;
-  const std::string name = "layer " + std::to_string(victim.layer_id);
-  if (!found->has_value() || (*found)->layer_id != victim.layer_id) {
-    return {Code::kStale, "the record slot " + std::to_string(victim.slot) + " is not that of " + name +
-                              "; nothing was stripped"};
-  }
-  if ((*found)->state != format::LayerState::kFrozen && (*found)->state != format::LayerState::kFolded) {
-    return {Code::kStale, name + ((*found)->state == format::LayerState::kWritable ? " is writable" : " is deleted") +
-                              " on the disk; nothing was stripped"};
-  }
-  *out = **found;
-  return {};
+  return {Code::kInvalidArgument, "layer " + std::to_string(victims[index].layer_id) + " can't have layer " +
+                                      std::to_string(parent) + " as its parent, which is not older"};
 }
 
 // Wipes slabs of layers, many with each flush: a layer's slabs mostly lie one by one.
@@ -356,14 +274,21 @@ Result<StripReport> strip_layers(SyncDevice& device, const Superblock& s, const 
       return Status{Code::kInvalidArgument, "layer " + std::to_string(victims[i].layer_id) +
                                                 " is not frozen; only frozen layers are stripped"};
     }
-    if (Status status = check_victim(device, s, victims[i], &records[i]); !status.ok()) return status;
+    if (Status status = check_parent(victims, covers, i); !status.ok()) return status;
+    if (Status status = check_victim(device, s, victims[i], "nothing was stripped", &records[i]); !status.ok()) return status;
   }
   for (size_t i = 0; i < victims.size(); i++) {
-    if (records[i].state == format::LayerState::kFolded && records[i].folded_into == covers[0].layer_id) continue;
+    const bool folded = records[i].state == format::LayerState::kFolded && records[i].folded_into == covers[0].layer_id;
+    const bool linked = records[i].parent_layer_id == victims[i].parent_layer_id;
+    if (folded && linked) continue;
     records[i].state = format::LayerState::kFolded;
     records[i].folded_into = covers[0].layer_id;
+    records[i].parent_layer_id = victims[i].parent_layer_id;
     std::memset(records[i].snapshot_name, 0, sizeof records[i].snapshot_name);
-    if (Status status = write_layer_record(device, s, victims[i].slot, records[i]); !status.ok()) return status;
+    // The slot of a parent that is named no longer is soon another layer's: then neither copy may speak of it.
+    for (uint32_t copies = linked ? 1 : 2; copies > 0; copies--) {
+      if (Status status = write_layer_record(device, s, victims[i].slot, records[i]); !status.ok()) return status;
+    }
   }
   StripReport report;
   Stripper stripper(device, s, pause);

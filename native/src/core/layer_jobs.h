@@ -29,8 +29,10 @@ struct StripReport {
 
 // Clears in the pages of `victims` (frozen, newest first) every block that `covers` or a newer victim has in a page that is
 // durable: read, and the device flushed after that. A page is touched only while its newest copy names layer and generation:
-// the older copy first, durable, then the other. Marks the victims' records as folded into covers[0]. May be repeated, and cut
-// off anywhere. kStale, and nothing changed: a victim is writable or deleted on the disk.
+// the older copy first, durable, then the other. The victims' records are made to say that they are folded into covers[0], and to name
+// `parent_layer_id`: the parent that they name already, or the living layer below that the chain goes on with (then in both copies:
+// the slot of the former one may be used again). May be repeated, and cut off anywhere. kStale, and nothing changed: a victim is
+// writable or deleted on the disk.
 Result<StripReport> strip_layers(SyncDevice& device, const format::Superblock& superblock,
                                  const std::vector<LayerSpec>& victims, const std::vector<LayerSpec>& covers,
                                  const Pause& pause = {});

@@ -181,9 +181,14 @@ class Volume {
   // over what hold() held; kHoldExpired when that is over, until release() or hold() is called. `top` on top already: success.
   using CutDone = std::function<void(Result<CutReport>)>;
   virtual void cut(const LayerSpec& top, const SnapshotInfo& snapshot, uint64_t timeout_ns, CutDone done) = 0;
-  // Takes slabs of frozen layers, which nothing resolves to any more, out of the map. `done` runs when no request is
-  // left that may know a place in them; they may be somebody else's then. Slabs that are not there are no error.
-  virtual void forget_slabs(const std::vector<SlabRun>& slabs, Done done) = 0;
+  // Takes slabs of frozen layers, which nothing resolves to any more, out of the map, and `layers`, which hold no other slab, out of
+  // the chain. `done` runs when no request is left that may know a place in the slabs; they may be somebody else's then. Slabs and
+  // layers that are not there are no error. kInvalidArgument, and nothing changed: a layer has more slabs, or is the top.
+  virtual void forget(const std::vector<SlabRun>& slabs, const std::vector<uint64_t>& layers, Done done) = 0;
+  // Reads the pages of a frozen layer's slabs again: others have copied blocks into the layer that show from older ones now
+  // (layer_merge.h). When `done` runs the volume would show the same without those. Nothing that anybody reads changes. kCorrupt: a page
+  // says less than it did, or nonsense.
+  virtual void learn(const LayerSlabs& layer, Done done) = 0;
   // Copies, into the top, the blocks that still show from these slabs of frozen layers of the chain, so that stripping can empty
   // them. Unknown slabs and layers are skipped; so is a slab for whose blocks the top would need chunks for more than
   // `skip_above_permille` / 1000 of a slab's. Ends after about `max_blocks` (0: no limit). Beside requests, at full speed when there

@@ -6,8 +6,6 @@
 //
 // Equal copies are what lets either one stand for the snapshot. They are made before the answer, and never later: only
 // after it may others strip or free those pages.
-//
-// And the other end of a frozen layer's life: slabs in which nothing can be resolved any more are forgotten.
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
@@ -298,99 +296,6 @@ bool VolumeImpl::report_some() {
     }
   }
   return true;
-}
-
-// ---- forgetting
-
-void VolumeImpl::forget_slabs(const std::vector<SlabRun>& slabs, Done done) {
-  std::unique_lock lock(mu_);
-  Executor* home = Executor::current();
-  HF_ASSERT(home != nullptr);
-  Status refusal;
-  const std::string name = "volume " + std::to_string(spec_.volume_id);
-  if (state_ != State::kOpen) {
-    refusal = {Code::kUnavailable, name + " is not open"};
-  } else if (control_.kind != Control::Kind::kNone) {
-    refusal = {Code::kBusy, name + " is being grown, cut or closed, or its writes are held; try again when that is done"};
-  }
-  std::vector<SlabRun> wanted = slabs;
-  std::sort(wanted.begin(), wanted.end(), [](const SlabRun& a, const SlabRun& b) { return a.first < b.first; });
-  const auto is_wanted = [&](uint64_t number, uint64_t generation) {
-    auto run = std::upper_bound(wanted.begin(), wanted.end(), number,
-                                [](uint64_t one, const SlabRun& other) { return one < other.first; });
-    if (run == wanted.begin()) return false;
-    --run;
-    return number < run->first + run->count && generation == run->generation;
-  };
-  std::vector<uint32_t> found;
-  for (uint32_t i = 0; refusal.ok() && i < slabs_.size(); i++) {
-    const Slab& slab = slabs_[i];
-    if (slab.state != SlabState::kLive || !is_wanted(slab.number, slab.generation)) continue;
-    if (!read_only_ && in_top(slab)) {
-      refusal = {Code::kInvalidArgument, name + " can't forget slab " + std::to_string(slab.number) +
-                                             ": it belongs to the layer that is written"};
-    }
-    found.push_back(i);
-  }
-  // Also those that an engine before this one had claimed, and that were found to hold nothing.
-  const auto drop_claims = [&] {
-    for (uint32_t i = 0; arena_ != nullptr && i < arena_->claim_count(); i++) {
-      const PageArena::Claim claim = arena_->claim(i);
-      if (claim.state == PageArena::ClaimState::kFree || claim.layer_id == top().id) continue;
-      if (!is_wanted(claim.slab, claim.generation)) continue;
-      arena_->set_claim_state(i, PageArena::ClaimState::kFree);
-      std::erase_if(unclaimed_, [&](const Unclaimed& one) { return one.directory == i; });
-    }
-  };
-  if (!refusal.ok() || found.empty()) {
-    if (refusal.ok()) drop_claims();
-    post_done(home, std::move(done), std::move(refusal));
-    return unlock(lock);
-  }
-  std::vector<bool> holes(layers_.size());
-  for (uint32_t index : found) {
-    if (slabs_[index].holes) holes[slabs_[index].layer] = true;
-    forget(index);
-  }
-  drop_claims();
-  for (size_t i = 0; i < layers_.size(); i++) {
-    if (!holes[i]) continue;
-    layers_[i].holes = HoleSet();
-    for (const auto& [slab, ranges] : slab_holes_) {
-      if (slabs_[slab].layer != i) continue;
-      for (const format::HoleRange& hole : ranges) layers_[i].holes.add(hole.start, uint64_t{hole.start} + hole.length);
-    }
-  }
-  control_.kind = Control::Kind::kForget;
-  control_.home = home;
-  control_.done = std::move(done);
-  forget_.epoch = epoch_;
-  forget_.waiting = true;
-  bump_epoch();
-  unlock(lock);
-}
-
-void VolumeImpl::forget(uint32_t index) {
-  Slab& slab = slabs_[index];
-  HF_ASSERT(slab.hot == kNoIndex);
-  LayerMap& map = layers_[slab.layer].map;
-  for (uint32_t c = 0; c < kChunksPerSlab; c++) {
-    const SlabEntry entry = slabs_.entry(index, c);
-    if (entry.logical_chunk == kNoChunk) continue;
-    data_chunks_ -= entry.data != 0;
-    if (map.find(entry.logical_chunk) == (index << 8 | c)) map.erase(entry.logical_chunk);
-  }
-  if (slab.holes) slab_holes_.erase(index);
-  // An engine that takes over must not take it for the volume's again.
-  if (slab.claim != PageArena::kNone) arena_->set_claim_state(slab.claim, PageArena::ClaimState::kFree);
-  slabs_.remove(index);
-}
-
-// Whenever the grace period has moved on.
-void VolumeImpl::forget_check() {
-  if (!leave_epoch(forget_.epoch)) return;
-  forget_.waiting = false;
-  if (control_.kind == Control::Kind::kForget) control_end({});
 }
 
 }  // namespace holdfast

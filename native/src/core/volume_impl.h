@@ -9,7 +9,9 @@
 //   volume_slabs.cc     claiming slabs, giving them back, waiting for them
 //   volume_hold.cc      holding new writes until the map is durable and stands still
 //   volume_cut.cc       the cut: records, commit, a new top
-//   volume_frozen.cc    what is left to do for a layer that has just been frozen; forgetting slabs
+//   volume_frozen.cc    what is left to do for a layer that has just been frozen
+//   volume_forget.cc    slabs and layers that have left the chain
+//   volume_learn.cc     what others have copied into a frozen layer
 //   volume_compact.cc   copying what still shows of old layers up into the top
 //   volume_close.cc     grow, close, abort
 //
@@ -27,6 +29,7 @@
 
 #include <array>
 #include <deque>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <unordered_map>
@@ -143,7 +146,8 @@ class VolumeImpl final : public Volume {
   void hold(uint64_t timeout_ns, Done done) override;
   void release(Done done) override;
   void cut(const LayerSpec& top, const SnapshotInfo& snapshot, uint64_t timeout_ns, CutDone done) override;
-  void forget_slabs(const std::vector<SlabRun>& slabs, Done done) override;
+  void forget(const std::vector<SlabRun>& slabs, const std::vector<uint64_t>& layers, Done done) override;
+  void learn(const LayerSlabs& layer, Done done) override;
   void compact(const std::vector<LayerSlabs>& sources, uint32_t skip_above_permille, uint64_t max_blocks,
                CompactDone done) override;
   void close(Done done) override;
@@ -369,7 +373,7 @@ class VolumeImpl final : public Volume {
 
   // ---- volume_close.cc
   struct Control {
-    enum class Kind : uint8_t { kNone, kGrow, kClose, kHold, kCut, kForget };
+    enum class Kind : uint8_t { kNone, kGrow, kClose, kHold, kCut, kForget, kLearn };
     Kind kind = Kind::kNone;
     uint32_t step = 0;
     Executor* home = nullptr;
@@ -490,12 +494,37 @@ class VolumeImpl final : public Volume {
   bool report_some();
   void frozen_record(uint32_t copy);
   void frozen_io_done(int error);
+  // ---- volume_forget.cc
   struct Forget {
     uint32_t epoch = 0;
     bool waiting = false;
   };
-  void forget(uint32_t slab);    // locked
-  void forget_check();           // locked
+  using IsWanted = std::function<bool(uint64_t number, uint64_t generation)>;
+  Status find_forgotten(const IsWanted& is_wanted, const std::vector<bool>& leaving, std::vector<uint32_t>* found) const;
+  void forget_found(const std::vector<uint32_t>& found);  // locked
+  void forget_slab(uint32_t slab);                        // locked
+  void forget_claims(const IsWanted& is_wanted, const std::vector<uint64_t>& layers);  // locked
+  void drop_layers(const std::vector<bool>& leaving);     // locked: they have no slab
+  void forget_check();                                    // locked
+
+  // ---- volume_learn.cc
+  struct Learn {
+    struct One {
+      uint64_t number;
+      uint64_t generation;
+    };
+    size_t layer = 0;
+    std::vector<One> slabs;
+    size_t next = 0;
+    size_t reading = 0;
+    std::unordered_map<uint64_t, uint32_t> known;  // by number: index of the layer's slabs
+    PageIo io;
+    std::unique_ptr<PageBuffer> pages;
+  };
+  void learn_read();                                       // locked
+  void learn_have(int error);
+  Status learn_pair(const Learn::One& one, const format::SlabPage& a, const format::SlabPage& b);  // locked
+  Status learn_refusal(const Learn::One& one, const format::SlabPage& page, uint32_t index) const;  // locked
 
   // ---- volume_compact.cc
   static constexpr uint32_t kCopyDepth = 8;
@@ -642,6 +671,7 @@ class VolumeImpl final : public Volume {
   std::unique_ptr<Cut> cut_;
   FrozenTask frozen_task_;
   Forget forget_;
+  std::unique_ptr<Learn> learn_;
 
   // Compaction.
   std::unique_ptr<Compact> compact_;

@@ -70,7 +70,8 @@ class EngineVolume : public std::enable_shared_from_this<EngineVolume> {
   Status hold(uint32_t timeout_ms);
   Status release();
   Result<CutReport> cut(LayerSpec top, const SnapshotInfo& snapshot, uint32_t timeout_ms);
-  Status forget_slabs(const std::vector<SlabRun>& slabs);
+  Status forget(const std::vector<SlabRun>& slabs, const std::vector<uint64_t>& layers);
+  Status learn(const LayerSlabs& layer);
   // Nobody waits for it: hold(), cut(), close() and a revocation end it.
   Result<CompactReport> compact(const std::vector<LayerSlabs>& sources, uint32_t skip_above_permille,
                                 uint64_t max_blocks);

@@ -516,8 +516,8 @@ bool any_of_runs(const std::vector<SlabRun>& runs, uint64_t slab, uint64_t gener
 
 }  // namespace
 
-// Answered when nothing here resolves to the slabs any more, and nothing that the keeper has would bring them back.
-Status EngineVolume::forget_slabs(const std::vector<SlabRun>& slabs) {
+// Answered when nothing here resolves to the slabs any more, and nothing that the keeper has would bring them back, or the layers.
+Status EngineVolume::forget(const std::vector<SlabRun>& slabs, const std::vector<uint64_t>& layers) {
   std::lock_guard control(control_);
   if (state() == State::kDead || state() == State::kGone) return {};  // nothing is in flight, nothing will be
   bool open = false;
@@ -527,23 +527,49 @@ Status EngineVolume::forget_slabs(const std::vector<SlabRun>& slabs) {
   }
   if (open) {
     Status forgotten = begin_and_wait<Status>([&](Volume& volume, const std::function<void(Status)>& done) {
-      volume.forget_slabs(slabs, done);
+      volume.forget(slabs, layers, done);
     });
     if (!forgotten.ok()) return state() == State::kDead ? Status{} : forgotten;
   }
+  const auto leaves = [&](uint64_t layer_id) { return std::find(layers.begin(), layers.end(), layer_id) != layers.end(); };
   {
     std::lock_guard lock(state_mutex_);
     if (!open && arena_ != nullptr) {
       for (uint32_t i = 0; i < arena_->claim_count(); ++i) {
         const PageArena::Claim claim = arena_->claim(i);
-        if (claim.state != PageArena::ClaimState::kFree && claim.layer_id != spec_.layers[0].layer_id &&
-            any_of_runs(slabs, claim.slab, claim.generation)) {
+        if (claim.state == PageArena::ClaimState::kFree || claim.layer_id == spec_.layers[0].layer_id) continue;
+        const bool left = claim.state == PageArena::ClaimState::kClaimed && leaves(claim.layer_id);
+        if (left || any_of_runs(slabs, claim.slab, claim.generation)) {
           arena_->set_claim_state(i, PageArena::ClaimState::kFree);
         }
       }
     }
     for (LayerSpec& layer : spec_.layers) {
       if (layer.frozen) layer.slabs = without(layer.slabs, slabs);
+    }
+    std::erase_if(spec_.layers, [&](const LayerSpec& layer) { return layer.frozen && leaves(layer.layer_id); });
+  }
+  return keep_spec();
+}
+
+// A successor reads all of these slabs: only after this may what they show be taken from older layers.
+Status EngineVolume::learn(const LayerSlabs& layer) {
+  std::lock_guard control(control_);
+  if (state() == State::kDead || state() == State::kGone) return {};
+  bool open = false;
+  {
+    std::lock_guard calls(volume_calls_);
+    open = volume_ != nullptr;
+  }
+  if (open) {
+    Status learned = begin_and_wait<Status>(
+        [&](Volume& volume, const std::function<void(Status)>& done) { volume.learn(layer, done); });
+    if (!learned.ok()) return state() == State::kDead ? Status{} : learned;
+  }
+  {
+    std::lock_guard lock(state_mutex_);
+    for (LayerSpec& one : spec_.layers) {
+      if (one.frozen && one.layer_id == layer.layer_id) one.slabs = layer.slabs;
     }
   }
   return keep_spec();

@@ -45,7 +45,7 @@ void World::submitted(const IoRequest& request) {
     SlabPage page;
     disk.peek(page_address(slab), &page, sizeof page);
     owner = page.layer_id;
-  } else if (const auto known = layers.find(owner); known != layers.end() && known->second.settled) {
+  } else if (const auto known = layers.find(owner); known != layers.end() && known->second.settled && owner != merging) {
     fail("data goes into slab " + std::to_string(slab) + " of a layer that is frozen");
   }
   check_claimed(slab, owner);
@@ -142,7 +142,35 @@ void World::check_records() {
     if (!copies.valid() || pair[copies.newest].volume_id != one->id) fail(name + " is gone");
     if (pair[copies.newest].epoch < one->recorded_epoch) fail(name + " has lost an epoch");
     if (pair[copies.newest].size_bytes < one->recorded_blocks * kBlock) fail(name + " has lost a size");
+    if (one->state != SimVolume::State::kDeleting) check_chain(*one, pair[copies.newest].top_layer_id);
   }
+}
+
+// From a volume's record down, as somebody follows it who has nothing but the disk: past tombstones, to what the books say.
+void World::check_chain(const SimVolume& one, uint64_t top) {
+  std::map<uint64_t, LayerRecord> records;
+  for (const uint32_t slot : layer_slots) {
+    LayerRecord pair[2];
+    const uint64_t address = superblock.layer_table_offset + uint64_t{slot} * 2 * kBlock;
+    disk.peek(address, pair, sizeof pair);
+    const Copies copies = choose_record(pair[0], pair[1], kPoolUuid, address);
+    if (copies.valid()) records[pair[copies.newest].layer_id] = pair[copies.newest];
+  }
+  std::vector<uint64_t> found;
+  for (uint64_t id = top; id != 0;) {
+    const auto record = records.find(id);
+    if (record == records.end()) {
+      fail("the chain of volume " + std::to_string(one.id) + " leads to layer " + std::to_string(id) + ", which has no record");
+    }
+    const auto known = layers.find(id);
+    const bool removed = known != layers.end() && known->second.removed;
+    if (record->second.state != format::LayerState::kDeleted && !removed) found.push_back(id);
+    id = record->second.parent_layer_id;
+  }
+  std::vector<uint64_t> wanted;
+  if (top != one.top) wanted.push_back(top);  // a cut of which nobody has heard yet
+  for (const LayerSpec& spec : chain_of(one.top)) wanted.push_back(spec.layer_id);
+  if (found != wanted) fail("the records of volume " + std::to_string(one.id) + " lead to other layers than it has");
 }
 
 // ---- pages at rest

@@ -1,9 +1,10 @@
 // The agent of the simulation: its way to the disk, and the jobs on layers that nobody writes: strips, the forgetting and
-// wiping of slabs, the wiping of layers and volumes. The rules of what may be done when are the metadata service's
+// wiping of slabs, merges into layers that are kept, the wiping of layers and volumes. The rules of what may be done when are the metadata service's
 // (model/reclaim.ts there); engines, readers and cuts go on meanwhile.
 #include <algorithm>
 #include <cstring>
 
+#include "core/layer_merge.h"
 #include "core/pages.h"
 #include "world.h"
 
@@ -172,14 +173,20 @@ const Layer& World::child_of(const Layer& one) const {
 // The newest of a segment of folded layers.
 bool World::may_strip(const Layer& one) const { return is_folded(one) && !is_folded(child_of(one)); }
 
-void World::strip(uint64_t newest) {
+std::vector<LayerSpec> World::segment_from(uint64_t newest) {
   std::vector<LayerSpec> victims;
   for (LayerSpec& spec : chain_of(newest)) {
-    Layer& victim = layer(spec.layer_id);
+    const Layer& victim = layer(spec.layer_id);
     if (!is_folded(victim)) break;
-    victim.view.reset();  // nobody looks at it from here any more
     victims.push_back(std::move(spec));
+    victims.back().parent_layer_id = victim.disk_parent;  // its record stays as it is
   }
+  return victims;
+}
+
+void World::strip(uint64_t newest) {
+  const std::vector<LayerSpec> victims = segment_from(newest);
+  for (const LayerSpec& victim : victims) layer(victim.layer_id).view.reset();  // nobody looks at it from here any more
   LayerSpec head = child_of(layer(newest)).spec;
   head.slabs = slabs_of(head.layer_id);
   std::vector<Coverage> covered(victims.size());  // of each victim: by what is above it
@@ -203,6 +210,102 @@ void World::strip(uint64_t newest) {
   strip_ended(victims, *report);
 }
 
+// ---- merges
+
+// Its head, or one of the layers themselves, shows more than some holder knows.
+bool World::being_learned(uint64_t newest) {
+  const uint64_t head = child_of(layer(newest)).spec.layer_id;
+  const std::vector<LayerSpec> victims = segment_from(newest);
+  return std::any_of(learning.begin(), learning.end(), [&](const Learning& one) {
+    return one.head == head ||
+           std::any_of(victims.begin(), victims.end(), [&](const LayerSpec& v) { return v.layer_id == one.head; });
+  });
+}
+
+// Free ones, of a new generation, that nobody has ahead.
+void World::give_slabs(uint64_t id, uint64_t count) {
+  for (auto& [slab, info] : slabs) {
+    if (count == 0) return;
+    if (info.where != SlabInfo::Where::kFree) continue;
+    info.where = SlabInfo::Where::kLayer;
+    info.layer = id;
+    info.generation++;
+    wiped.erase(slab);
+    count--;
+  }
+}
+
+// What still shows of folded layers goes up into the frozen one above them, which has a name, or several children.
+void World::merge(uint64_t id) {
+  give_slabs(id, random.below(4));
+  const std::vector<LayerSpec> victims = segment_from(layer(id).spec.parent_layer_id);
+  LayerSpec head = layer(id).spec;
+  head.slabs = slabs_of(id);
+  const uint32_t permille = random.chance(700) ? 1000 : static_cast<uint32_t>(random.below(1000));
+  const uint64_t most = random.chance(300) ? 1 + random.below(200) : 0;
+  log("merge of %llu layers into layer %llu", ull(victims.size()), ull(id));
+  const auto same = [&](const Learning& one) { return one.head == id; };
+  if (std::none_of(learning.begin(), learning.end(), same)) learning.push_back({id, true, {}});
+  merging = id;
+  aim(CrashAim::At::kMerge);
+  Result<MergeReport> report = [&] {
+    const Running running(job_running);
+    return merge_layers(agent, superblock, victims, head, permille, most);
+  }();
+  aim_over(CrashAim::At::kMerge);
+  merging = 0;
+  if (!job_done("merge", report.status)) return;
+  const auto begun = std::find_if(learning.begin(), learning.end(), same);
+  begun->cut_off = false;
+  begun->waiting = grants_over(id);
+  result.merges++;
+  result.merged_blocks += report->moved_blocks;
+}
+
+void World::ask_to_learn(const Learning& one) {
+  const uint64_t head = one.head;
+  const std::vector<SlabRun> runs = slabs_of(head);
+  for (const GrantRef& ref : one.waiting) {
+    const auto done = [this, head, ref, runs](Status status) {
+      if (ignoring) return;
+      log("layer %llu learned by volume %llu, epoch %llu: %s", ull(head), ull(ref.volume), ull(ref.epoch),
+          code_name(status.code));
+      if (status.ok()) return learned(head, ref, runs);
+      const bool failed = status.code == Code::kIo && error_chance > 0;
+      if (status.code != Code::kBusy && status.code != Code::kUnavailable && !failed) fail("learn: " + status.message);
+    };
+    for (auto& volume : volumes) {
+      if (volume->id != ref.volume) continue;
+      if (volume->state == SimVolume::State::kOpen && volume->opened_spec.epoch == ref.epoch) {
+        if (volume->cutting || volume->growing) continue;
+        volume->forgetting++;
+        volume->volume->learn({head, runs}, [target = volume.get(), done](Status status) {
+          target->forgetting--;
+          done(std::move(status));
+        });
+      }
+      for (Reader& reader : volume->readers) {
+        if (reader.spec.epoch == ref.epoch && reader.volume != nullptr) reader.volume->learn({head, runs}, done);
+      }
+    }
+  }
+}
+
+// And so would an engine that takes over from it.
+void World::learned(uint64_t head, GrantRef ref, const std::vector<SlabRun>& runs) {
+  for (Learning& one : learning) {
+    if (one.head == head) std::erase(one.waiting, ref);
+  }
+  result.learned++;
+  drop_from_specs(ref, [&](VolumeSpec& spec) {
+    for (LayerSpec& layer : spec.layers) {
+      if (layer.layer_id == head) layer.slabs = runs;
+    }
+  });
+}
+
+// ---- strips, at the worst of times
+
 // A strip whose covers may be in the device's cache only, and a crash in the middle of it: right after writes, while they
 // are flushed, or when the engine was stopped at that.
 void World::strip_in_a_storm() {
@@ -210,6 +313,7 @@ void World::strip_in_a_storm() {
   for (SimVolume* one : in_state(SimVolume::State::kOpen)) {
     const uint64_t parent = layer(one->top).spec.parent_layer_id;
     if (one->cut != nullptr || parent == 0 || !is_folded(layer(parent))) continue;
+    if (being_learned(parent)) continue;
     Coverage left;
     add_coverage(chain_of(parent)[0], &left);
     if (!left.empty()) found.push_back(one);
@@ -233,7 +337,7 @@ void World::strip_in_a_storm() {
   }
   if (random.chance(600)) stop_volume(one, false);
   const uint64_t newest = layer(one.top).spec.parent_layer_id;
-  if (!may_strip(layer(newest))) return;
+  if (!may_strip(layer(newest)) || being_learned(newest)) return;
   disk.set_fuse(1 + static_cast<uint32_t>(random.below(random.chance(700) ? 6 : 20)));
   strip(newest);
   while (!crash_due() && step()) {
@@ -267,28 +371,42 @@ void World::strip_ended(const std::vector<LayerSpec>& victims, const StripReport
 
 // ---- slabs that leave
 
-void World::ask_to_forget(const Leaving& gone) {
-  for (const GrantRef& ref : gone.waiting) {
-    const auto done = [this, ref, number = gone.number](Status status) {
+// Every holder that knows the slabs, or has the layers in its chain, and can be asked now; `then(id, holder)` when it has.
+void World::ask_to_forget(const std::vector<GrantRef>& waiting, const std::vector<SlabRun>& runs,
+                          const std::vector<uint64_t>& gone, void (World::*then)(uint64_t id, GrantRef ref),
+                          uint64_t id) {
+  for (const GrantRef& ref : waiting) {
+    const auto done = [this, ref, then, id](Status status) {
       if (ignoring) return;
-      log("forget of slabs %llu by volume %llu, epoch %llu: %s", ull(number), ull(ref.volume), ull(ref.epoch),
-          code_name(status.code));
-      if (status.ok()) return forgotten(number, ref);
-      if (status.code != Code::kBusy && status.code != Code::kUnavailable) fail("forget_slabs: " + status.message);
+      log("forgotten by volume %llu, epoch %llu: %s", ull(ref.volume), ull(ref.epoch), code_name(status.code));
+      if (status.ok()) return (this->*then)(id, ref);
+      if (status.code != Code::kBusy && status.code != Code::kUnavailable) fail("forget: " + status.message);
     };
     for (auto& one : volumes) {
       if (one->id != ref.volume) continue;
       if (one->state == SimVolume::State::kOpen && one->opened_spec.epoch == ref.epoch) {
         if (one->cutting || one->growing) continue;
         one->forgetting++;
-        one->volume->forget_slabs(gone.runs, [target = one.get(), done](Status status) {
+        one->volume->forget(runs, gone, [target = one.get(), done](Status status) {
           target->forgetting--;
           done(std::move(status));
         });
       }
       for (Reader& reader : one->readers) {
-        if (reader.spec.epoch == ref.epoch && reader.volume != nullptr) reader.volume->forget_slabs(gone.runs, done);
+        if (reader.spec.epoch == ref.epoch && reader.volume != nullptr) reader.volume->forget(runs, gone, done);
       }
+    }
+  }
+}
+
+// What the keeper of a holder has.
+void World::drop_from_specs(const GrantRef& ref, const std::function<void(VolumeSpec&)>& drop) {
+  for (auto& one : volumes) {
+    if (one->id != ref.volume) continue;
+    if (one->opened_spec.epoch == ref.epoch) drop(one->opened_spec);
+    if (one->spec.epoch == ref.epoch) drop(one->spec);
+    for (Reader& reader : one->readers) {
+      if (reader.spec.epoch == ref.epoch) drop(reader.spec);
     }
   }
 }
@@ -299,8 +417,7 @@ void World::forgotten(uint64_t number, GrantRef ref) {
   if (found == leaving.end()) return;
   std::erase(found->waiting, ref);
   result.forgotten++;
-  const auto drop = [&](VolumeSpec& spec) {
-    if (spec.epoch != ref.epoch) return;
+  drop_from_specs(ref, [&](VolumeSpec& spec) {
     for (LayerSpec& kept : spec.layers) {
       if (kept.layer_id != found->layer) continue;
       std::erase_if(kept.slabs, [&](const SlabRun& run) {
@@ -309,12 +426,18 @@ void World::forgotten(uint64_t number, GrantRef ref) {
         });
       });
     }
-  };
-  for (auto& one : volumes) {
-    if (one->id != ref.volume) continue;
-    drop(one->opened_spec);
-    for (Reader& reader : one->readers) drop(reader.spec);
-  }
+  });
+}
+
+// Its chain goes on without the layer, whose record may be anybody's from now on.
+void World::layer_forgotten(uint64_t id, GrantRef ref) {
+  const auto found = layers.find(id);
+  if (found == layers.end()) return;
+  std::erase(found->second.waiting, ref);
+  result.layers_forgotten++;
+  drop_from_specs(ref, [&](VolumeSpec& spec) {
+    std::erase_if(spec.layers, [&](const LayerSpec& one) { return one.layer_id == id; });
+  });
 }
 
 void World::free_slabs(const std::vector<SlabRun>& runs) {
@@ -349,8 +472,61 @@ void World::wipe_leaving(uint64_t number) {
 
 // ---- layers and volumes that go
 
+// The layer itself, or the first one below it that is in a chain, by what the records say.
+uint64_t World::living_from(uint64_t id) {
+  while (id != 0 && layer(id).removed) id = layer(id).disk_parent;
+  return id;
+}
+
+// The nearest layer above a removed one that is not folded; null: all above are gone.
+const Layer* World::head_above(const Layer& one) {
+  auto above = layers.find(one.above);
+  while (above != layers.end() && above->second.removed) above = layers.find(above->second.above);
+  if (above == layers.end()) return nullptr;
+  const Layer* head = &above->second;
+  while (is_folded(*head)) head = &child_of(*head);
+  return head;
+}
+
+// Before a removed layer becomes a tombstone its record is made to name the living layer below, so that tombstones below it, which
+// nothing else names, give their slots back. False: it is to be tried again.
+bool World::relink(uint64_t id) {
+  Layer& one = layer(id);
+  if (!one.removed || one.disk_children == 0) return true;
+  const uint64_t parent = one.next_disk_parent.value_or(living_from(one.disk_parent));
+  const Layer* head = head_above(one);
+  if (parent == one.disk_parent || head == nullptr) return true;
+  if (!one.next_disk_parent.has_value()) {
+    one.next_disk_parent = parent;
+    if (parent != 0) layer(parent).disk_children++;
+  }
+  log("layer %llu is to name layer %llu, not %llu", ull(id), ull(parent), ull(one.disk_parent));
+  LayerSpec victim = one.spec;
+  victim.parent_layer_id = parent;
+  victim.slabs.clear();
+  LayerSpec cover = head->spec;
+  cover.slabs.clear();
+  aim(CrashAim::At::kStrip);
+  Result<StripReport> report = [&] {
+    const Running running(job_running);
+    return strip_layers(agent, superblock, {victim}, {cover});
+  }();
+  aim_over(CrashAim::At::kStrip);
+  if (!job_done("relink", report.status)) return false;
+  result.relinked++;
+  const uint64_t before = one.disk_parent;
+  one.disk_parent = parent;
+  one.next_disk_parent.reset();
+  if (before != 0) {
+    layer(before).disk_children--;
+    forget_tombstones(before);
+  }
+  return true;
+}
+
 // With what it has: nobody's chain has it. Or with nothing: it has left its chain.
 void World::wipe_layer(uint64_t id) {
+  if (!relink(id)) return;
   const std::vector<SlabRun> runs = slabs_of(id);
   layer(id).view.reset();
   log("wipe of layer %llu with %llu slabs", ull(id), ull(runs.size()));
@@ -391,6 +567,7 @@ void World::remove_from_chain(uint64_t id) {
   gone.waiting = grants_over(id);
   layer(child).spec.parent_layer_id = gone.spec.parent_layer_id;
   gone.removed = true;
+  gone.above = child;
   gone.children = 0;
   gone.view.reset();
   result.unchained++;
@@ -409,20 +586,27 @@ std::vector<World::Work> World::reclaimable(bool strips) {
     leaves.insert(gone.layer);
     found.push_back({any_out(gone.waiting) ? Work::kForget : Work::kWipeSlabs, gone.number});
   }
+  learning.remove_if([&](const Learning& one) {
+    return layers.count(one.head) == 0 || layer(one.head).removed || (!one.cut_off && !any_out(one.waiting));
+  });
+  for (const Learning& one : learning) found.push_back({one.cut_off ? Work::kMerge : Work::kLearn, one.head});
   for (auto& one : volumes) {
     if (one->state == SimVolume::State::kDeleting) found.push_back({Work::kWipeVolume, one->id});
   }
   for (const auto& [id, one] : layers) {
     if (one.removed) {
-      if (!one.wiped && leaves.count(id) == 0 && !any_out(one.waiting)) found.push_back({Work::kWipeLayer, id});
+      if (one.wiped || leaves.count(id) > 0) continue;
+      found.push_back({any_out(one.waiting) ? Work::kForgetLayer : Work::kWipeLayer, id});
     } else if (!one.spec.frozen || !one.settled || one.named || leaves.count(id) > 0) {
       continue;
     } else if (one.children == 0) {
       found.push_back({Work::kWipeLayer, id});
     } else if (is_folded(one) && slabs_of(id).empty()) {
       found.push_back({Work::kRemove, id});
-    } else if (strips && may_strip(one)) {
+    } else if (strips && may_strip(one) && !being_learned(id)) {
       found.push_back({Work::kStrip, id});
+      const Layer& head = child_of(one);
+      if (head.spec.frozen && head.settled && !slabs_of(id).empty()) found.push_back({Work::kMerge, head.spec.layer_id});
     }
   }
   return found;
@@ -432,9 +616,10 @@ void World::carry_out(const Work& work) {
   switch (work.kind) {
     case Work::kForget:
       for (const Leaving& gone : leaving) {
-        if (gone.number == work.id) return ask_to_forget(gone);
+        if (gone.number == work.id) return ask_to_forget(gone.waiting, gone.runs, {}, &World::forgotten, gone.number);
       }
       return;
+    case Work::kForgetLayer: return ask_to_forget(layer(work.id).waiting, {}, {work.id}, &World::layer_forgotten, work.id);
     case Work::kWipeSlabs: return wipe_leaving(work.id);
     case Work::kWipeVolume:
       for (auto& one : volumes) {
@@ -443,7 +628,13 @@ void World::carry_out(const Work& work) {
       return;
     case Work::kWipeLayer: return wipe_layer(work.id);
     case Work::kRemove: return remove_from_chain(work.id);
+    case Work::kLearn:
+      for (const Learning& one : learning) {
+        if (one.head == work.id) return ask_to_learn(one);
+      }
+      return;
     case Work::kStrip: return strip(work.id);
+    case Work::kMerge: return merge(work.id);
   }
 }
 
@@ -463,7 +654,7 @@ void World::finish_reclaim() {
       if (work.kind == Work::kStrip) newest.push_back(work.id);
     }
     for (const uint64_t id : newest) {
-      if (may_strip(layer(id))) strip(id);
+      if (may_strip(layer(id)) && !being_learned(id)) strip(id);
     }
     for (uint64_t guard = 0;; guard++) {
       const std::vector<Work> work = reclaimable(false);

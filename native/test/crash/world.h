@@ -9,6 +9,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <list>
 #include <map>
 #include <memory>
@@ -113,6 +114,8 @@ struct SimVolume {
 struct Layer {
   LayerSpec spec;            // parent: by the books
   uint64_t disk_parent = 0;  // by its record
+  std::optional<uint64_t> next_disk_parent;  // what its record may name instead, since a relink was begun
+  uint64_t above = 0;        // removed: what was right above it
   bool is_top = false;       // of some volume: it may be written
   bool settled = false;      // frozen, and its cut answered: no engine writes its pages any more
   bool named = false;
@@ -123,6 +126,13 @@ struct Layer {
   std::vector<GrantRef> waiting;  // removed: grants that know it
   std::unique_ptr<FrozenView> view;
   std::set<uint64_t> lineage;  // ids of the volumes whose values it and those below may show
+};
+
+// A frozen layer into which blocks were merged. What it shows is not taken from the layers below before every holder has learned it.
+struct Learning {
+  uint64_t head = 0;
+  bool cut_off = true;  // the merge is done once more, and then it is learned
+  std::vector<GrantRef> waiting;
 };
 
 // Slabs that have left a layer and are wiped when nobody can map them any more.
@@ -249,7 +259,7 @@ struct World final : VolumeObserver {
 
   // ---- jobs.cc
   struct Work {
-    enum Kind { kForget, kWipeSlabs, kWipeVolume, kWipeLayer, kRemove, kStrip } kind;
+    enum Kind { kForget, kForgetLayer, kLearn, kWipeSlabs, kWipeVolume, kWipeLayer, kRemove, kStrip, kMerge } kind;
     uint64_t id;
   };
   std::vector<Work> reclaimable(bool strips);
@@ -262,8 +272,20 @@ struct World final : VolumeObserver {
   bool is_folded(const Layer& one) const;
   bool may_strip(const Layer& one) const;
   const Layer& child_of(const Layer& one) const;
-  void ask_to_forget(const Leaving& gone);
+  void ask_to_forget(const std::vector<GrantRef>& waiting, const std::vector<SlabRun>& runs,
+                     const std::vector<uint64_t>& gone, void (World::*then)(uint64_t id, GrantRef ref), uint64_t id);
   void forgotten(uint64_t number, GrantRef ref);
+  void layer_forgotten(uint64_t id, GrantRef ref);
+  std::vector<LayerSpec> segment_from(uint64_t newest);
+  void merge(uint64_t id);
+  void give_slabs(uint64_t id, uint64_t count);
+  void ask_to_learn(const Learning& one);
+  void learned(uint64_t head, GrantRef ref, const std::vector<SlabRun>& slabs);
+  bool being_learned(uint64_t newest);
+  void drop_from_specs(const GrantRef& ref, const std::function<void(VolumeSpec&)>& drop);
+  uint64_t living_from(uint64_t id);
+  const Layer* head_above(const Layer& one);
+  bool relink(uint64_t id);
   void free_slabs(const std::vector<SlabRun>& runs);
   void wipe_leaving(uint64_t number);
   void wipe_layer(uint64_t id);
@@ -282,6 +304,7 @@ struct World final : VolumeObserver {
   void check_discard(uint64_t slab);
   void note_records();
   void check_records();
+  void check_chain(const SimVolume& one, uint64_t top);
   void check_pages();
   void check_equal_copies(const SimVolume& one);
   void check_emptied(uint64_t slab, uint64_t generation, uint64_t layer);
@@ -325,6 +348,8 @@ struct World final : VolumeObserver {
   std::set<uint32_t> layer_slots;
   std::set<uint32_t> volume_slots;
   std::list<Leaving> leaving;
+  std::list<Learning> learning;
+  uint64_t merging = 0;    // the frozen layer that a merge is writing to
   std::set<uint64_t> given_up;  // tops of cuts that did not happen: a record may speak of them
   std::vector<std::unique_ptr<SimVolume>> volumes;
   std::map<Operation*, std::unique_ptr<Operation>> operations;

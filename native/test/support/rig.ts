@@ -252,6 +252,13 @@ export class Rig {
     );
   }
 
+  /** Slabs that no engine has ahead. */
+  take(count: number): SlabRun[] {
+    const first = this.#nextSlab;
+    this.#nextSlab += BigInt(count);
+    return [{ first, count, generation: 1n }];
+  }
+
   /** Lets the engine have slabs as it asks; each call hands out fresh ones. */
   async supply(engine: EngineProcess, { batch = 8, total = 24 } = {}): Promise<void> {
     const next = this.#nextSlab;

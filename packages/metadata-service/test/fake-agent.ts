@@ -530,6 +530,10 @@ export class FakeAgent {
     }
     if (order.cut_volumes) return this.#cut(disk, order.cut_volumes);
     if (order.forget_slabs) return this.#forget(order.forget_slabs);
+    if (order.learn_layer) return this.#learn(order.learn_layer);
+    if (order.merge_layers) {
+      return this.#ofThisLife(disk, order.merge_layers) ?? merge(disk, order.merge_layers);
+    }
     if (order.strip_layers)
       return this.#ofThisLife(disk, order.strip_layers) ?? strip(disk, order.strip_layers);
     if (order.wipe_layers) {
@@ -603,12 +607,21 @@ export class FakeAgent {
     return { cut: { volumes } };
   }
 
+  #learn(order: NonNullable<Order__Output['learn_layer']>): Answer {
+    const grant = this.open.get(order.volume_uuid);
+    if (grant?.epoch !== order.epoch) return { error_code: 'UNKNOWN_VOLUME', error_message: 'not open here' };
+    const { layer } = order;
+    grant.layers = grant.layers.map((one) => (one.layer_id === layer?.layer_id ? layer : one));
+    return {};
+  }
+
   #forget(order: NonNullable<Order__Output['forget_slabs']>): Answer {
     const grant = this.open.get(order.volume_uuid);
     if (grant?.epoch !== order.epoch) return { error_code: 'UNKNOWN_VOLUME', error_message: 'not open here' };
     for (const run of order.slabs) {
       for (let n = 0; n < run.count; n++) this.forgotten.push(Number(run.first) + n);
     }
+    grant.layers = grant.layers.filter((layer) => !order.layers.includes(layer.layer_id));
     return {};
   }
 
@@ -635,6 +648,8 @@ const orderKinds = [
   'cut_volumes',
   'forget_slabs',
   'strip_layers',
+  'merge_layers',
+  'learn_layer',
   'wipe_layers',
   'compact_volume',
 ];
@@ -720,6 +735,47 @@ function strip(disk: FakeDisk, order: NonNullable<Order__Output['strip_layers']>
     uses.push({ layer_id: victim.layer_id, live_blocks: String(live), slabs: '0' });
   }
   return { strip: { emptied, cleared_blocks: String(cleared), uses } };
+}
+
+/** A slab has room for two blocks. */
+function merge(disk: FakeDisk, order: NonNullable<Order__Output['merge_layers']>): Answer {
+  const { head, victims } = order;
+  if (head === null) return { error_code: 'HF_INVALID_ARGUMENT', error_message: 'no head' };
+  const covered = new Set(pagesOf(disk, head).flatMap(([, page]) => [...(page.blocks ?? [])]));
+  const slabs = head.slabs.flatMap((run) =>
+    Array.from({ length: run.count }, (_, n) => ({
+      slab: Number(run.first) + n,
+      generation: BigInt(run.generation),
+    })),
+  );
+  const roomy = (): (typeof slabs)[number] | undefined =>
+    slabs.find(({ slab }) => (disk.pages.get(slab)?.blocks?.size ?? 0) < 2);
+  let moved = 0;
+  let noSpace = false;
+  for (const victim of victims) {
+    for (const [, page] of pagesOf(disk, victim)) {
+      for (const block of [...(page.blocks ?? [])].filter((one) => !covered.has(one))) {
+        const place = roomy();
+        noSpace ||= place === undefined;
+        if (place === undefined) continue;
+        const layerId = BigInt(head.layer_id);
+        const target = disk.pages.get(place.slab) ?? {
+          ...page,
+          layerId,
+          generation: place.generation,
+          blocks: new Set(),
+        };
+        target.blocks?.add(block);
+        disk.pages.set(place.slab, target);
+        moved += 1;
+      }
+    }
+    for (const [, page] of pagesOf(disk, victim)) for (const block of page.blocks ?? []) covered.add(block);
+  }
+  const spare = slabs
+    .filter(({ slab }) => !disk.pages.has(slab))
+    .map(({ slab, generation }) => ({ first: String(slab), count: 1, generation: String(generation) }));
+  return { merge: { moved_blocks: String(moved), complete: !noSpace, no_space: noSpace, spare } };
 }
 
 function wipeLayers(disk: FakeDisk, order: NonNullable<Order__Output['wipe_layers']>): Answer {

@@ -477,13 +477,20 @@ describe('deleting snapshots', () => {
     expect(Number((await c.volume(uuid)).reclaimable_bytes)).toBeGreaterThan(0);
   });
 
-  it('removes a layer that is all covered, and its record when no grant is out that knows it', async () => {
+  it('removes a layer that is all covered, and its record when every holder has dropped it or is gone', async () => {
     const { uuid } = await opened('pvc', [1]);
     const snapshot = await c.snapshot('snap', uuid);
     await write(uuid, [1]);
+    await until(async () => (await free()) === '1022', 'reported');
+    const drops = (order: (typeof node.orders)[number]): boolean =>
+      (order.forget_slabs?.layers.length ?? 0) > 0;
+    node.override.set('forget_slabs', (order) =>
+      drops(order) ? { error_code: 'HF_INVALID_ARGUMENT', error_message: 'it holds a slab' } : {},
+    );
     await c.rpc('DeleteSnapshot', { uuid: snapshot.uuid });
     await until(async () => (await layerIds(uuid)).length === 1, 'removed from the chain');
     expect(await free()).toBe('1023');
+    await until(() => node.orders.some(drops), 'the holder is asked');
     expect(disk.tombstones.size).toBe(0);
     await node.returnVolume(disk, uuid);
     await until(() => disk.tombstones.has(snapshot.layer_id), 'tombstone');
@@ -539,8 +546,9 @@ describe('deleting snapshots', () => {
 });
 
 describe('the record slots of removed layers', () => {
-  /** A closed volume, whose snapshots come and go until one is refused, or `times`. */
-  async function rotate(keepsParents: boolean, times: number): Promise<number> {
+  /** A volume whose snapshots come and go until one is refused, or `times`. */
+  async function rotate(keepsParents: boolean, times: number, staysOpen = false): Promise<number> {
+    await c.restart({ compactBelow: 0 }); // the data stays in the layer that it is in
     const small = new FakeDisk();
     small.layerSlots = 5;
     small.keepsParents = keepsParents;
@@ -549,8 +557,10 @@ describe('the record slots of removed layers', () => {
     const grant = await agent.openVolume(small, uuid, await c.publish(uuid, agent));
     await agent.allocate(small, 1);
     await agent.ask('ReportSlabs', small, { claimed: [agent.claim(small, grant, [1])] });
-    await agent.returnVolume(small, uuid);
-    await c.unpublish(uuid, agent);
+    if (!staysOpen) {
+      await agent.returnVolume(small, uuid);
+      await c.unpublish(uuid, agent);
+    }
     for (let n = 0; n < times; n++) {
       const snapshot = await c.snapshot(`snap-${n}`, uuid).catch((error: { code: string }) => {
         if (error.code !== 'TOO_MANY') throw error;
@@ -568,6 +578,10 @@ describe('the record slots of removed layers', () => {
 
   it('come back: before a layer is deleted, its record names the living one below', async () => {
     expect(await rotate(false, 7)).toBe(7);
+  }, 60_000);
+
+  it('come back while the volume stays open: its holder drops the layer first', async () => {
+    expect(await rotate(false, 7, true)).toBe(7);
   }, 60_000);
 
   it('are kept for as long as the disk says that a record names them', async () => {

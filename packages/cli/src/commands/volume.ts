@@ -53,7 +53,7 @@ async function lastCompaction(api: MetadataApi, uuid: string): Promise<string> {
         { timeoutMs },
       ),
     );
-    last = records.findLast((record) => record.event === 'compact') ?? last;
+    last = records.findLast(({ event }) => event === 'compact' || event === 'merge') ?? last;
     more = records.length === auditPage;
     after = records.at(-1)?.sequence ?? after;
   }

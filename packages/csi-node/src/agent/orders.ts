@@ -315,9 +315,38 @@ export class OrderDesk {
       return { cut: await this.#cuts.cut(pool, order.cut_volumes) };
     }
     if (order.forget_slabs) {
-      const { volume_uuid, epoch, slabs } = order.forget_slabs;
-      await this.#volumes.forgetSlabs(volume_uuid, BigInt(epoch), slabs.map(runFromWire));
+      const { volume_uuid, epoch, slabs, layers } = order.forget_slabs;
+      await this.#volumes.forget(volume_uuid, BigInt(epoch), slabs.map(runFromWire), layers.map(BigInt));
       return {};
+    }
+    if (order.learn_layer) {
+      const { volume_uuid, epoch, layer } = order.learn_layer;
+      if (!layer) throw new HoldfastError('INVALID_ARGUMENT', 'The order to learn a layer names none.');
+      await this.#volumes.learn(volume_uuid, BigInt(epoch), layerFromWire(layer));
+      return {};
+    }
+    if (order.merge_layers) {
+      const { victims, head, skip_above_permille, max_blocks, generation } = order.merge_layers;
+      if (!head)
+        throw new HoldfastError('INVALID_ARGUMENT', 'The order to merge names no layer to merge into.');
+      const pool = this.#hostedAs(order, generation);
+      await this.#checkPage(pool, order);
+      const report = await this.#jobs.run(pool.uuid, () =>
+        pool.native.mergeLayers(
+          victims.map(layerFromWire),
+          layerFromWire(head),
+          skip_above_permille,
+          BigInt(max_blocks),
+        ),
+      );
+      return {
+        merge: {
+          moved_blocks: report.movedBlocks.toString(),
+          complete: report.complete,
+          no_space: report.noSpace,
+          spare: report.spare.map(runToWire),
+        },
+      };
     }
     if (order.strip_layers) {
       const pool = this.#hostedAs(order, order.strip_layers.generation);

@@ -909,14 +909,26 @@ export class Volumes {
   }
 
   /**
-   * Slabs of frozen layers that newer layers cover and that are about to be freed. Resolves when no request on this node can
-   * know a place in them any more: not open here, or answering EIO with nothing in flight, is as good.
+   * Slabs of frozen layers that newer layers cover and that are about to be freed, and layers that have left the chain. Resolves when no
+   * request on this node can know a place in the slabs any more: not open here, or answering EIO with nothing in flight, is as good.
    */
-  forgetSlabs(uuid: string, epoch: bigint, slabs: SlabRun[]): Promise<void> {
+  forget(uuid: string, epoch: bigint, slabs: SlabRun[], layers: bigint[]): Promise<void> {
     return this.#locks.run(`volume ${uuid}`, async () => {
       const volume = this.#open.get(uuid);
       if (volume === undefined || volume.epoch !== epoch || volume.revoked || volume.pool.dead) return;
-      await volume.native.forgetSlabs(slabs);
+      await volume.native.forget(slabs, layers);
+    });
+  }
+
+  /**
+   * Blocks of older layers were copied into a frozen one. Resolves when this node would show the same without the older ones: not open
+   * here, or answering EIO, is as good.
+   */
+  learn(uuid: string, epoch: bigint, layer: LayerSpec): Promise<void> {
+    return this.#locks.run(`volume ${uuid}`, async () => {
+      const volume = this.#open.get(uuid);
+      if (volume === undefined || volume.epoch !== epoch || volume.revoked || volume.pool.dead) return;
+      await volume.native.learn(layer);
     });
   }
 }

@@ -24,6 +24,7 @@ import type {
   PoolInfo,
   SlabOwner,
   SlabRun,
+  MergeReport,
   StripReport,
   VolumeRecord,
   VolumeSpec,
@@ -65,6 +66,9 @@ export class FakeDisk {
   /** What stripLayers() was asked for, and what it answers. */
   readonly stripped: { victims: bigint[]; covers: bigint[] }[] = [];
   stripReport: StripReport = { emptied: [], clearedBlocks: 0n, uses: [] };
+  /** What mergeLayers() was asked for, and what it answers. */
+  readonly merged: { victims: bigint[]; head: bigint }[] = [];
+  mergeReport: MergeReport = { movedBlocks: 0n, complete: true, noSpace: false, spare: [] };
   readonly wipedLayers: { layerId: bigint; tombstone: boolean }[] = [];
   /** What readChanges() finds. */
   changes: ByteRange[] = [];
@@ -89,6 +93,7 @@ export class FakeVolume implements OpenVolume {
   failNextCut = false;
   failNextClose = false;
   readonly forgotten: SlabRun[] = [];
+  readonly learned: LayerSpec[] = [];
   readonly compactions: { layers: bigint[]; skipAbovePermille: number; maxBlocks: bigint }[] = [];
   #endCompaction: (() => void) | undefined;
 
@@ -134,8 +139,12 @@ export class FakeVolume implements OpenVolume {
     await this.release();
     return { frozen: { ...frozen, slabs: this.#pool.disk.slabsOf(frozen.layerId) }, heldMicroseconds: 1500 };
   }
-  async forgetSlabs(slabs: SlabRun[]): Promise<void> {
+  async learn(layer: LayerSpec): Promise<void> {
+    this.learned.push(layer);
+  }
+  async forget(slabs: SlabRun[], layers: bigint[]): Promise<void> {
     this.forgotten.push(...slabs);
+    this.spec = { ...this.spec, layers: this.spec.layers.filter(({ layerId }) => !layers.includes(layerId)) };
   }
   /** Claims as many slabs as the pool's `compacting` says, and lasts until it is ended if that says so. */
   async compact(
@@ -405,6 +414,10 @@ export class FakePool implements Pool {
     }
   }
 
+  async mergeLayers(victims: LayerSpec[], head: LayerSpec): Promise<MergeReport> {
+    this.disk.merged.push({ victims: victims.map((layer) => layer.layerId), head: head.layerId });
+    return this.disk.mergeReport;
+  }
   async stripLayers(victims: LayerSpec[], covers: LayerSpec[]): Promise<StripReport> {
     this.disk.stripped.push({
       victims: victims.map((layer) => layer.layerId),

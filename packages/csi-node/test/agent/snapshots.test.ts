@@ -430,7 +430,7 @@ describe('snapshot orders', () => {
     expect(service.returned[0]).toMatchObject({ epoch: '5', claimed: [] });
   });
 
-  it('forgets slabs of frozen layers, and has nothing to forget where nothing is open', async () => {
+  it('forgets slabs of frozen layers and layers that left the chain, and has nothing to forget where nothing is open', async () => {
     const grant = grantOf([layer(11, 10), layer(10)]);
     const volume = await open(grant);
     const forget = (epoch: string) =>
@@ -439,14 +439,56 @@ describe('snapshot orders', () => {
           volume_uuid: grant.volume_uuid ?? '',
           epoch,
           slabs: [{ first: '7', count: 2, generation: '3' }],
+          layers: ['10'],
         },
       });
     expect((await forget('5')).error_code).toBe('');
     expect(volume.forgotten).toEqual([{ first: 7n, count: 2, generation: 3n }]);
+    expect(volume.spec.layers.map(({ layerId }) => layerId)).toEqual([11n]);
     expect((await forget('4')).error_code).toBe('');
     await call(api, api.CloseVolume, { volume_uuid: grant.volume_uuid ?? '' });
     expect((await forget('5')).error_code).toBe('');
     expect(volume.forgotten).toHaveLength(1);
+  });
+
+  it('merges as the engine says, and a volume that is open here learns it; where nothing is open there is nothing to learn', async () => {
+    const grant = grantOf([layer(11, 10), layer(10, 9, { frozen: true })]);
+    const volume = await open(grant);
+    disk.mergeReport = {
+      movedBlocks: 5n,
+      complete: false,
+      noSpace: true,
+      spare: [{ first: 8n, count: 1, generation: 3n }],
+    };
+    const head = layer(10, 9, { frozen: true, slabs: [{ first: '7', count: 2, generation: '3' }] });
+    const merged = await service.order({
+      merge_layers: {
+        victims: [layer(9, 0, { frozen: true })],
+        head,
+        skip_above_permille: 700,
+        max_blocks: '64',
+      },
+    });
+    expect(merged.merge).toEqual({
+      moved_blocks: '5',
+      complete: false,
+      no_space: true,
+      spare: [{ first: '8', count: 1, generation: '3' }],
+    });
+    expect(disk.merged).toEqual([{ victims: [9n], head: 10n }]);
+    const learn = (epoch: string) =>
+      service.order({ learn_layer: { volume_uuid: grant.volume_uuid ?? '', epoch, layer: head } });
+    expect((await learn('5')).error_code).toBe('');
+    expect(volume.learned).toMatchObject([
+      { layerId: 10n, slabs: [{ first: 7n, count: 2, generation: 3n }] },
+    ]);
+    expect((await learn('4')).error_code).toBe('');
+    await call(api, api.CloseVolume, { volume_uuid: grant.volume_uuid ?? '' });
+    expect((await learn('5')).error_code).toBe('');
+    expect(volume.learned).toHaveLength(1);
+    expect((await service.order({ merge_layers: { victims: [], head, generation: '99' } })).error_code).toBe(
+      'STALE',
+    );
   });
 
   describe('to compact', () => {

@@ -30,7 +30,7 @@ const blockBytes = 4096;
 /** A closed volume is free for this long between two orders: who wants to open, cut or delete it comes in between. */
 const pauseMs = 1000;
 /** With more free slabs than this a pool is not full, whatever a holder found in its stock. */
-const plenty = 16;
+export const plenty = 16;
 /** Looked at again when fewer than this share of the blocks are live that were when nothing was left to move. */
 const worthAnother = 0.9;
 
@@ -56,9 +56,23 @@ export function compactionDue(
   nowUnixMs: number,
   policy: CompactionPolicy,
 ): DueCompaction | undefined {
+  const segment = worthMoving(view, poolUuid, newest, nowUnixMs, policy);
+  if (segment === undefined || segment.headFrozen) return undefined;
+  const volume = volumeToWrite(view.tx, poolUuid, segment.headId, policy);
+  return volume && { segment, volume };
+}
+
+/** A segment of which a small enough share is live, and whose last compaction or merge left something to do. */
+export function worthMoving(
+  view: View,
+  poolUuid: string,
+  newest: LayerRecord,
+  nowUnixMs: number,
+  policy: CompactionPolicy,
+): StripRecord | undefined {
   if (policy.below <= 0) return undefined;
   const segment = segmentFrom(view, poolUuid, newest);
-  if (segment === undefined || segment.headFrozen) return undefined;
+  if (segment === undefined) return undefined;
   const busy = busyLayers(view.tx, poolUuid);
   if (busy.has(segment.headId) || segment.victims.some((id) => busy.has(id))) return undefined;
   const counted = tables.fold.get(view.tx, poolUuid, newest.layerId);
@@ -73,8 +87,7 @@ export function compactionDue(
   ) {
     return undefined;
   }
-  const volume = volumeToWrite(view.tx, poolUuid, segment.headId, policy);
-  return volume && { segment, volume };
+  return segment;
 }
 
 /** It is about this segment, or about more of it: layers that were emptied since do not make it another. */
@@ -95,7 +108,7 @@ function mayGoOn(
 }
 
 /** Undefined: they have no slabs, or not all were counted. */
-function useOf(
+export function useOf(
   tx: Snapshot,
   poolUuid: string,
   victims: readonly bigint[],
@@ -210,6 +223,7 @@ export function compactionEnded(
   const interval = backOff ? later(last, intervalMs) : intervalMs;
   const live = useOf(d.tx, poolUuid, record.victims)?.liveBlocks ?? 0;
   const unstripped = moved || last?.moved === true;
+  tables.compacting.delete(d.tx, poolUuid, newestId);
   remember(d, poolUuid, newestId, record, {
     dueUnixMs: d.nowUnixMs + (ended ? interval : maintained ? pauseMs : 0),
     intervalMs: interval,
@@ -240,6 +254,7 @@ export function compactionFailed(d: Decision, poolUuid: string, newestId: bigint
   giveBack(d, record, 'unpublish');
   const last = tables.compacted.get(d.tx, poolUuid, newestId);
   const interval = later(last, intervalMs);
+  tables.compacting.delete(d.tx, poolUuid, newestId);
   remember(d, poolUuid, newestId, record, {
     dueUnixMs: d.nowUnixMs + interval,
     intervalMs: interval,
@@ -250,19 +265,18 @@ export function compactionFailed(d: Decision, poolUuid: string, newestId: bigint
   });
 }
 
-function later(last: CompactedRecord | undefined, intervalMs: number): number {
+export function later(last: CompactedRecord | undefined, intervalMs: number): number {
   const doubled = last === undefined ? intervalMs : 2 * last.intervalMs;
   return Math.min(Math.max(doubled, intervalMs), maxBackoff * intervalMs);
 }
 
-function remember(
+export function remember(
   d: Decision,
   poolUuid: string,
   newestId: bigint,
-  { victims, headId }: CompactingRecord,
+  { victims, headId }: Pick<CompactedRecord, 'victims' | 'headId'>,
   what: Omit<CompactedRecord, 'victims' | 'headId'>,
 ): void {
-  tables.compacting.delete(d.tx, poolUuid, newestId);
   tables.compacted.put(d.tx, { victims, headId, ...what }, poolUuid, newestId);
 }
 

@@ -10,28 +10,30 @@
  */
 import type { Snapshot } from '../store/store.ts';
 import { audit, requirePool, type Decision } from './decision.ts';
-import { sameLife } from './grant.ts';
 import { compactionDue, type CompactionPolicy } from './compaction.ts';
-import { grantsOver, isNameless, layerGone, requireLayer, stillOut } from './layers.ts';
+import { isNameless, layerGone, requireLayer } from './layers.ts';
+import { isSameGrant, leave, stillWaiting } from './leaving.ts';
+import { mergeDue } from './merging.ts';
 import {
   tables,
   type GrantRef,
   type HostLife,
   type LayerRecord,
-  type LeavingRecord,
   type PoolRecord,
   type SlabRun,
 } from './records.ts';
-import { common, countSlabs, normalized } from './runs.ts';
+import { countSlabs } from './runs.ts';
 import { busyLayers, maxBackoff, segmentFrom, type View } from './segments.ts';
-import { freeFromLayer, freeSlabs, slabsOf, takeFromLayer } from './slabs.ts';
+import { freeFromLayer, slabsOf } from './slabs.ts';
 
 export type ReclaimWork =
   | { type: 'wipe'; layerId: bigint }
   | { type: 'tombstone'; layerId: bigint }
+  | { type: 'forget'; layerId: bigint }
   | { type: 'remove'; layerId: bigint }
   | { type: 'strip'; layerId: bigint }
-  | { type: 'compact'; layerId: bigint };
+  | { type: 'compact'; layerId: bigint }
+  | { type: 'merge'; layerId: bigint };
 
 /** What can be done on a pool now. `nowUnixMs` decides which strips and compactions are due. */
 export function reclaimable(
@@ -60,9 +62,8 @@ function workOn(
 ): ReclaimWork['type'] | undefined {
   const { layerId, removed } = layer;
   if (removed !== null) {
-    return !removed.wiped && removed.waiting.every((ref) => stillOut(view.tx, ref) === undefined)
-      ? 'tombstone'
-      : undefined;
+    if (removed.wiped) return undefined;
+    return stillWaiting(view.tx, removed).length === 0 ? 'tombstone' : 'forget';
   }
   if (busy.has(layerId) || view.pinned(poolUuid, layerId) || !isNameless(layer)) return undefined;
   const leaving = tables.leaving.entries(view.tx, [poolUuid, layerId], { limit: 1 }).length > 0;
@@ -70,7 +71,8 @@ function workOn(
   if (layer.children > 1) return undefined;
   if (layer.slabCount === 0) return leaving ? undefined : 'remove';
   if (isDue(view, poolUuid, layer, busy, nowUnixMs)) return 'strip';
-  return compactionDue(view, poolUuid, layer, nowUnixMs, policy) === undefined ? undefined : 'compact';
+  if (compactionDue(view, poolUuid, layer, nowUnixMs, policy) !== undefined) return 'compact';
+  return mergeDue(view, poolUuid, layer, nowUnixMs, policy) === undefined ? undefined : 'merge';
 }
 
 function isDue(
@@ -165,64 +167,12 @@ export function stripEnded(
   });
 }
 
-/** Takes what is emptied of a layer's slabs out of it. Returns how many. */
-function leave(d: Decision, poolUuid: string, layerId: bigint, emptied: readonly SlabRun[]): number {
-  const pool = requirePool(d, poolUuid);
-  const runs = common(slabsOf(d.tx, poolUuid, layerId), normalized(emptied));
-  if (runs.length === 0 || !takeFromLayer(d.tx, pool, layerId, runs)) return 0;
-  const sequence = (tables.counter.get(d.tx, 'leaving') ?? 0n) + 1n;
-  tables.counter.put(d.tx, sequence, 'leaving');
-  const waiting = grantsOver(d.tx, poolUuid, layerId);
-  tables.leaving.put(d.tx, { layerId, runs, waiting }, poolUuid, layerId, sequence);
-  return countSlabs(runs);
-}
-
-/** Those of the grants that were told of the slabs and are not over. */
-export function stillWaiting(tx: Snapshot, record: Pick<LeavingRecord, 'waiting'>): GrantRef[] {
-  return record.waiting.filter((ref) => stillOut(tx, ref) !== undefined);
-}
-
-/** A holder says that nothing of it can map the slabs any more. */
-export function slabsForgotten(
-  d: Decision,
-  poolUuid: string,
-  layerId: bigint,
-  sequence: bigint,
-  by: GrantRef,
-): void {
-  const record = tables.leaving.get(d.tx, poolUuid, layerId, sequence);
-  if (record === undefined) return;
-  const waiting = record.waiting.filter(
-    (ref) => ref.volumeUuid !== by.volumeUuid || ref.epoch !== by.epoch || !sameLife(ref.holder, by.holder),
-  );
-  if (waiting.length === record.waiting.length) return;
-  tables.leaving.put(d.tx, { ...record, waiting }, poolUuid, layerId, sequence);
-  audit(d, 'forgot', {
-    poolUuid,
-    volumeUuid: by.volumeUuid,
-    nodeId: by.holder.nodeId,
-    epoch: by.epoch,
-    generation: by.holder.generation,
-    proof: 'acknowledged by its holder: nothing that may know a place in them is left',
-    detail: `${countSlabs(record.runs)} slabs of layer ${layerId}`,
-  });
-}
-
-/** Slabs that left a layer are wiped, and free. */
-export function leavingWiped(
-  d: Decision,
-  poolUuid: string,
-  layerId: bigint,
-  sequence: bigint,
-  proof: string,
-): void {
-  const record = tables.leaving.get(d.tx, poolUuid, layerId, sequence);
-  if (record === undefined) return;
-  const pool = requirePool(d, poolUuid);
-  tables.leaving.delete(d.tx, poolUuid, layerId, sequence);
-  freeSlabs(d.tx, pool, record.runs);
-  tables.pool.put(d.tx, pool, poolUuid);
-  audit(d, 'wiped', { poolUuid, proof, detail: `${countSlabs(record.runs)} slabs of layer ${layerId} free` });
+/** A holder says that a layer that was removed is in no chain of it any more. */
+export function layerForgotten(d: Decision, poolUuid: string, layerId: bigint, by: GrantRef): void {
+  const layer = tables.layer.get(d.tx, poolUuid, layerId);
+  if (layer?.removed?.wiped !== false) return;
+  const waiting = layer.removed.waiting.filter((ref) => !isSameGrant(ref, by));
+  tables.layer.put(d.tx, { ...layer, removed: { ...layer.removed, waiting } }, poolUuid, layerId);
 }
 
 /** A layer that nothing needs, or that was removed from its chain, is gone from the disk. */

@@ -305,7 +305,16 @@ export type CompactingRecord = {
   holder: HostLife;
 };
 
-/** What the last compaction of a segment came to; by its newest victim. */
+/** A merge under way: blocks of folded layers go into the frozen layer above them. */
+export type MergingRecord = {
+  /** Newest first. */
+  victims: bigint[];
+  headId: bigint;
+  /** Absent: it was not answered yet. Grants that may not know what was merged: nothing is stripped before they have learned it. */
+  waiting?: GrantRef[];
+};
+
+/** What the last compaction or merge of a segment came to; by its newest victim. */
 export type CompactedRecord = {
   victims: bigint[];
   headId: bigint;
@@ -318,6 +327,8 @@ export type CompactedRecord = {
   moved: boolean;
   /** It had no room, and waits for the pool to have more free slabs than these; -1: it had room. */
   shortAt: number;
+  /** A merge found no room in the slabs of the layer that it goes into: it is given more. */
+  needsSlabs?: boolean;
 };
 
 /** Slabs taken out of a frozen layer. No grant names them from now on; those that did have to forget them before they are wiped. */
@@ -438,6 +449,8 @@ export const tables = {
   fold: new Table<FoldRecord, readonly [pool: string, victim: bigint]>('fold'),
   /** Compactions under way, by the newest victim. */
   compacting: new Table<CompactingRecord, readonly [pool: string, victim: bigint]>('compacting'),
+  /** Merges under way, by the newest victim. */
+  merging: new Table<MergingRecord, readonly [pool: string, victim: bigint]>('merging'),
   compacted: new Table<CompactedRecord, readonly [pool: string, victim: bigint]>('compacted'),
   leaving: new Table<LeavingRecord, readonly [pool: string, layer: bigint, sequence: bigint]>('leaving'),
   job: new Table<JobRecord, readonly [pool: string, what: string]>('job'),

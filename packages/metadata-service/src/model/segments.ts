@@ -19,9 +19,13 @@ export interface View extends Pins {
   readonly tx: Snapshot;
 }
 
-/** Victims and heads of strips and compactions under way. */
+/** Victims and heads of strips, compactions and merges under way. */
 export function busyLayers(tx: Snapshot, poolUuid: string): Set<bigint> {
-  const underWay = [...tables.strip.list(tx, [poolUuid]), ...tables.compacting.list(tx, [poolUuid])];
+  const underWay = [
+    ...tables.strip.list(tx, [poolUuid]),
+    ...tables.compacting.list(tx, [poolUuid]),
+    ...tables.merging.list(tx, [poolUuid]),
+  ];
   return new Set(underWay.flatMap(({ victims, headId }) => [...victims, headId]));
 }
 

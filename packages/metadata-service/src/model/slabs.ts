@@ -180,6 +180,18 @@ export function takeAhead(
   return runs;
 }
 
+/** Up to `count` free slabs of a new generation, for a layer. Fewer, or none: the pool is full. */
+export function takeForLayer(tx: Transaction, pool: PoolRecord, layerId: bigint, count: number): SlabRun[] {
+  const generation = pool.nextSlabGeneration;
+  const free = new FreeSlabs(tx, pool);
+  const runs = free.take(count, generation);
+  if (runs.length === 0) return [];
+  free.save();
+  pool.nextSlabGeneration = generation + 1n;
+  addToLayer(tx, pool, layerId, runs);
+  return runs;
+}
+
 /** What a host holds ahead under this generation. */
 export function aheadOf(
   tx: Snapshot,

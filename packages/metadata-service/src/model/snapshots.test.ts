@@ -5,11 +5,12 @@ import { Bitmap } from './bitmap.ts';
 import type { Decision } from './decision.ts';
 import { stageVolume, publishVolume, volumeReturned } from './grants.ts';
 import { layersOf, makeLayer, maxChain, requireLayer, unused } from './layers.ts';
+import { leavingWiped } from './leaving.ts';
 import {
   layerWiped,
-  leavingWiped,
   reclaimable,
   beginStrip,
+  layerForgotten,
   stripEnded,
   type ReclaimWork,
 } from './reclaim.ts';
@@ -282,6 +283,38 @@ describe('a frozen layer that nothing names', () => {
         tables.reclaim.entries(tx, [pool]),
       ]),
     ).toEqual([[], [], []]);
+  });
+});
+
+describe('a layer that has left its chain', () => {
+  it('gets its tombstone when each holder has dropped it or is over, and not before', async () => {
+    const { uuid } = await create('v');
+    const a = await snapshot(uuid, 'a');
+    const publication = await decide((d) =>
+      publishVolume(d, { uuid, nodeId: 'n', accessMode: 'SINGLE_NODE_WRITER', readOnly: false }),
+    );
+    const stage = {
+      poolUuid: pool,
+      life,
+      volumeUuid: uuid,
+      publishId: publication.publishId,
+      readOnly: false,
+    };
+    const { grant } = await decide((d) => stageVolume(d, stage));
+    await decide((d) => deleteSnapshot(d, a.uuid));
+    const { removeFromChain } = await import('./layers.ts');
+    await decide((d) => removeFromChain(d, pool, a.layerId));
+    const asked = [{ type: 'forget', layerId: a.layerId }];
+    expect(works()).toEqual(asked);
+    const holder = { volumeUuid: uuid, epoch: grant.epoch, holder: life };
+    await decide((d) => layerForgotten(d, pool, a.layerId, { ...holder, epoch: grant.epoch - 1n }));
+    expect(works()).toEqual(asked);
+    await decide((d) => layerForgotten(d, pool, a.layerId, holder));
+    expect(works()).toEqual([{ type: 'tombstone', layerId: a.layerId }]);
+    await decide((d) => layerWiped(d, pool, a.layerId, 'x'));
+    await decide((d) => layerForgotten(d, pool, a.layerId, holder)); // an answer that comes late
+    expect(works()).toEqual([]);
+    await decide((d) => volumeReturned(d, pool, life, uuid, grant.epoch));
   });
 });
 

@@ -27,9 +27,9 @@ import { OrderFailed, type Sessions } from './sessions.ts';
 import { grantToWire, layerToWire } from './wire.ts';
 
 /** 64 MiB: a cut, a stage or a delete that comes meanwhile waits for no more than that. */
-const maxBlocks = 16_384;
+export const maxBlocks = 16_384;
 /** Slabs of whose chunks the top would need more than this share, in thousandths, stay as they are. */
-const skipAbovePermille = 700;
+export const skipAbovePermille = 700;
 const timeoutMs = 300_000;
 
 export type CompactionRun = CompactionOutcome | 'failed';

@@ -21,6 +21,8 @@ const operationKinds = [
   'group',
   'strip',
   'compact',
+  'merge',
+  'forget',
   'release',
   'remove',
   'usage',

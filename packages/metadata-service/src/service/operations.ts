@@ -10,11 +10,12 @@ import { reclaimable, type ReclaimWork } from '../model/reclaim.ts';
 import { noteUsage, thresholdOf } from '../model/usage.ts';
 import { claimPool } from './claim.ts';
 import { compact, type CompactionRun } from './compact.ts';
+import { merge } from './merge.ts';
 import type { Core } from './core.ts';
 import { cutVolume } from './cut.ts';
 import { FenceOperation } from './fence.ts';
 import { cutGroup } from './group.ts';
-import { releaseSlabs, removeLayers, strip, wipeLayer } from './reclaim.ts';
+import { forgetLayer, releaseSlabs, removeLayers, strip, wipeLayer } from './reclaim.ts';
 import { revoke } from './revoke.ts';
 import type { Sessions } from './sessions.ts';
 import { scanOrphans } from './scan.ts';
@@ -202,10 +203,11 @@ export class Operations {
   #reclaim(poolUuid: string): void {
     const core = this.#core;
     const sessions = this.#sessions;
-    const { leaving, strips, compacting, works } = core.read((tx) => ({
+    const { leaving, strips, compacting, merging, works } = core.read((tx) => ({
       leaving: tables.leaving.entries(tx, [poolUuid], { limit: maxWaiting }),
       strips: tables.strip.entries(tx, [poolUuid]).map(([parts]) => BigInt(parts[1] as string)),
       compacting: tables.compacting.entries(tx, [poolUuid]).map(([parts]) => BigInt(parts[1] as string)),
+      merging: tables.merging.entries(tx, [poolUuid]).map(([parts]) => BigInt(parts[1] as string)),
       works: reclaimable(
         { tx, pinned: (pool, id) => core.pinned(pool, id) },
         poolUuid,
@@ -223,6 +225,9 @@ export class Operations {
       works.filter((work) => work.type === type).map((work) => work.layerId);
     if (of('remove').length > 0)
       this.#ensure(`remove ${poolUuid}`, () => removeLayers(core, poolUuid, this.#policy));
+    for (const id of of('forget').slice(0, maxWaiting)) {
+      this.#ensure(`forget ${poolUuid}/${id}`, () => forgetLayer(core, sessions, poolUuid, id));
+    }
     for (const id of [...of('wipe'), ...of('tombstone')].slice(0, maxWaiting)) {
       this.#ensure(`wipe ${poolUuid}/${id}`, async () => {
         await wipeLayer(core, sessions, poolUuid, id);
@@ -238,6 +243,9 @@ export class Operations {
       this.#ensure(`compact ${poolUuid}/${id}`, () =>
         compact(core, sessions, poolUuid, id, this.#policy, this.#onCompact),
       );
+    }
+    for (const id of [...merging, ...of('merge')].slice(0, maxWaiting)) {
+      this.#ensure(`merge ${poolUuid}/${id}`, () => merge(core, sessions, poolUuid, id, this.#policy));
     }
   }
 

@@ -1,13 +1,12 @@
 /** Carries out what model/reclaim.ts decides: strips, the forgetting and wiping of slabs, the wiping of layers. */
-import { requirePool } from '../model/decision.ts';
+import { requirePool, type Decision } from '../model/decision.ts';
 import type { CompactionPolicy } from '../model/compaction.ts';
+import { leavingWiped, slabsForgotten, stillWaiting } from '../model/leaving.ts';
 import {
   beginStrip,
+  layerForgotten,
   layerWiped,
-  leavingWiped,
   reclaimable,
-  slabsForgotten,
-  stillWaiting,
   stripEnded,
   stripOrder,
 } from '../model/reclaim.ts';
@@ -99,7 +98,11 @@ export async function releaseSlabs(
       return await wipe(core, sessions, pool, layer, record.runs, sequence);
     }
     await Promise.all(
-      waiting.map((ref) => forget(core, sessions, poolUuid, layerId, sequence, record.runs, ref)),
+      waiting.map((ref) =>
+        forget(core, sessions, poolUuid, ref, { slabs: record.runs.map(runToWire), layers: [] }, (d) =>
+          slabsForgotten(d, poolUuid, layerId, sequence, ref),
+        ),
+      ),
     );
     const left = core.read((tx) => {
       const now = tables.leaving.get(tx, poolUuid, layerId, sequence);
@@ -114,10 +117,9 @@ async function forget(
   core: Core,
   sessions: Sessions,
   poolUuid: string,
-  layerId: bigint,
-  sequence: bigint,
-  runs: readonly SlabRun[],
   ref: GrantRef,
+  what: { slabs: object[]; layers: string[] },
+  forgotten: (d: Decision) => void,
 ): Promise<void> {
   const isOpen = core.read((tx) => stillOut(tx, ref))?.state === 'OPEN';
   if (!isOpen || !sessions.isConnected(ref.holder.nodeId)) return;
@@ -129,7 +131,7 @@ async function forget(
         forget_slabs: {
           volume_uuid: ref.volumeUuid,
           epoch: ref.epoch.toString(),
-          slabs: runs.map(runToWire),
+          ...what,
         },
       },
       forgetTimeoutMs,
@@ -138,11 +140,30 @@ async function forget(
     if (!(error instanceof OrderFailed)) throw error;
     core.logger.info(
       { volume: ref.volumeUuid, node: ref.holder.nodeId },
-      `Forgetting slabs: ${error.message}`,
+      `Forgetting slabs or layers: ${error.message}`,
     );
     return;
   }
-  await core.decide((d) => slabsForgotten(d, poolUuid, layerId, sequence, ref));
+  await core.decide(forgotten);
+}
+
+/** A layer that was removed from its chain: holders that have it in theirs drop it, so that its slot comes back while they go on. */
+export async function forgetLayer(
+  core: Core,
+  sessions: Sessions,
+  poolUuid: string,
+  layerId: bigint,
+): Promise<void> {
+  const removed = core.read((tx) => tables.layer.get(tx, poolUuid, layerId))?.removed;
+  if (!removed) return;
+  const waiting = core.read((tx) => stillWaiting(tx, removed));
+  await Promise.all(
+    waiting.map((ref) =>
+      forget(core, sessions, poolUuid, ref, { slabs: [], layers: [layerId.toString()] }, (d) =>
+        layerForgotten(d, poolUuid, layerId, ref),
+      ),
+    ),
+  );
 }
 
 async function wipe(

@@ -219,6 +219,7 @@ export class Checks {
         cuts: tables.cutting.list(tx).length,
         groups: tables.grouping.entries(tx).length,
         compacting: tables.compacting.list(tx).length,
+        merging: tables.merging.list(tx).length,
         leaving: tables.leaving.list(tx).length,
         deleting: tables.deleting.entries(tx).length,
         revoking: tables.revoking.entries(tx).length,

@@ -73,7 +73,7 @@ export interface OpenVolume {
   /** Slabs of its writable layer with the blocks that have a place there, and the generation of each. */
   own: Map<number, { generation: bigint; blocks: Set<number> }>;
   /** The forward map: which slab answers for a block. */
-  readonly map: Map<number, number>;
+  map: Map<number, number>;
   /** Blocks with a write in flight. */
   readonly busy: Set<number>;
 }
@@ -122,6 +122,22 @@ export function difference(got: Content, wanted: Content, except: ReadonlySet<nu
     .filter((block) => !except.has(block) && got.get(block) !== wanted.get(block))
     .map((block) => `block ${block} is ${got.get(block) ?? 'nowhere'}, not ${wanted.get(block) ?? 'zero'}`)
     .join('; ');
+}
+
+/** What an engine that takes over makes of the slabs that the one before was told of: by their pages, newer layers first. */
+export function mapFromTold(disk: Blocks, volume: OpenVolume): Map<number, number> {
+  const known = [...volume.own.keys(), ...volume.told.keys()].flatMap((slab) => {
+    const page = disk.pages.get(slab);
+    return page === undefined ? [] : [{ slab, page }];
+  });
+  const map = new Map<number, number>();
+  const byAge = known.toSorted((a, b) =>
+    a.page.layerId < b.page.layerId ? 1 : a.page.layerId > b.page.layerId ? -1 : 0,
+  );
+  for (const { slab, page } of byAge) {
+    for (const block of page.blocks) if (!map.has(block)) map.set(block, slab);
+  }
+  return map;
 }
 
 /** As an engine opens it: by the pages of the slabs that it was told of. */

@@ -24,6 +24,8 @@ export interface Outcome {
   slabsWiped: number;
   reads: number;
   moved: number;
+  merged: number;
+  learned: number;
   maintained: number;
   snapshotsRead: number;
   groupsRead: number;
@@ -80,6 +82,8 @@ export async function simulate(seed: number, fencing: SimClass): Promise<Outcome
     slabsWiped: world.slabsWiped,
     reads: world.reads,
     moved: world.moved,
+    merged: world.merged,
+    learned: world.learned,
     maintained: world.maintained,
     snapshotsRead: checks.snapshotsRead,
     groupsRead: checks.groupsRead,

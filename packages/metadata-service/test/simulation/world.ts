@@ -31,6 +31,7 @@ import {
   chainOnDisk,
   contentOf,
   difference,
+  mapFromTold,
   openFrom,
   pagesOf,
   type Content,
@@ -126,6 +127,9 @@ export class World {
   moved = 0;
   maintained = 0;
   readonly compactionsMs: number[] = [];
+  /** Blocks that merges moved, and times that a holder learned of them. */
+  merged = 0;
+  learned = 0;
   #handlers: Record<string, handleUnaryCall<object, object>> = {};
   #session: SessionHandler | undefined;
   #operations: Operations | undefined;
@@ -808,7 +812,10 @@ export class SimNode {
       const next = new Engine(this, engine.host);
       // Half-way through a close or a revocation too: the keeper has every volume that is not closed.
       for (const [uuid, volume] of engine.volumes)
-        next.volumes.set(uuid, Object.assign(volume, { open: true, held: false }));
+        next.volumes.set(
+          uuid,
+          Object.assign(volume, { open: true, held: false, map: mapFromTold(world.disk, volume) }),
+        );
       next.stock.push(...engine.stock);
       world.disk.locks.set(this.lockPath, next);
       this.engine = next;
@@ -874,7 +881,8 @@ export class SimNode {
     if (order.revoke)
       return await this.#revoke(order.revoke.volume_uuid ?? '', BigInt(String(order.revoke.epoch)));
     const engine = this.engine;
-    const job = order.strip_layers ?? order.wipe_layers ?? order.wipe_volume ?? undefined;
+    const job =
+      order.strip_layers ?? order.merge_layers ?? order.wipe_layers ?? order.wipe_volume ?? undefined;
     if (job !== undefined && engine !== undefined) return await this.#doJob(engine, order, job);
     if (engine === undefined || !engine.canSubmit(clock.monotonicMs())) {
       return { error_code: 'UNAVAILABLE', error_message: 'not a live host.' };
@@ -945,6 +953,10 @@ export class SimNode {
     }
     if (order.cut_volumes) return await this.#cut(engine, order.cut_volumes);
     if (order.compact_volume) return await this.#compact(engine, order.compact_volume);
+    if (order.learn_layer) {
+      const { volume_uuid = '', epoch, layer } = order.learn_layer;
+      return this.#learn(engine, volume_uuid, String(epoch), layer ?? {});
+    }
     if (order.forget_slabs) {
       const slabs = (order.forget_slabs.slabs ?? []).flatMap((run) =>
         Array.from({ length: run.count ?? 0 }, (_, n) => Number(run.first) + n),
@@ -1200,10 +1212,28 @@ export class SimNode {
     return {};
   }
 
+  #learn(engine: Engine, uuid: string, epoch: string, layer: Layer): Partial<OrderResult> {
+    const volume = engine.volumes.get(uuid);
+    if (volume?.epoch.toString() !== epoch || !volume.open)
+      return { error_code: 'UNKNOWN_VOLUME', error_message: 'not open here.' };
+    for (const [slab, page] of pagesOf(this.world.disk, layer)) {
+      const { generation, blocks } = page;
+      if (page.layerId !== volume.layerId) volume.told.set(slab, generation);
+      else volume.own.set(slab, { generation, blocks: new Set(blocks) });
+    }
+    volume.map = mapFromTold(this.world.disk, volume);
+    this.world.learned += 1;
+    return {};
+  }
+
   // ---------------------------------------------------------------------------------------------- jobs
 
   async #job(engine: Engine, order: Order): Promise<Partial<OrderResult>> {
     try {
+      if (order.merge_layers) {
+        const { victims = [], head } = order.merge_layers;
+        return { merge: await this.#merge(engine, victims, head ?? {}) };
+      }
       if (order.strip_layers) {
         return {
           strip: await this.#strip(engine, order.strip_layers.victims ?? [], order.strip_layers.covers ?? []),
@@ -1224,6 +1254,76 @@ export class SimNode {
   async #mayGoOn(engine: Engine): Promise<void> {
     while (engine.frozen && engine.alive) await this.world.clock.sleep(100);
     if (!engine.canSubmit(this.world.clock.monotonicMs())) throw new Error('its lease is over.');
+  }
+
+  /** Up into the frozen layer above, into a slab of which fits as much as a slab in five of the victims has, and no more. */
+  async #merge(engine: Engine, victims: readonly Layer[], head: Layer): Promise<object> {
+    const { world } = this;
+    const { disk, clock, rng } = world;
+    world.compactionsMs.push(clock.monotonicMs());
+    const generations = new Map(
+      (head.slabs ?? []).flatMap((run) =>
+        Array.from(
+          { length: run.count ?? 0 },
+          (_, n) => [Number(run.first) + n, BigInt(String(run.generation))] as const,
+        ),
+      ),
+    );
+    const layerId = BigInt(String(head.layer_id));
+    const isOwn = (slab: number): boolean =>
+      disk.pages.get(slab)?.layerId === layerId && disk.pages.get(slab)?.generation === generations.get(slab);
+    const spare = (): number[] => [...generations.keys()].filter((slab) => !disk.pages.has(slab));
+    const covered = new Set(pagesOf(disk, head).flatMap(([, page]) => [...page.blocks]));
+    const most = 1 + rng.below(8);
+    let moved = 0;
+    let complete = true;
+    let noSpace = false;
+    for (const victim of victims) {
+      const mine = pagesOf(disk, victim);
+      for (const [slab, page] of mine) {
+        for (const block of slab % 5 === 0 ? [] : [...page.blocks].filter((one) => !covered.has(one))) {
+          const target =
+            [...generations.keys()].find(
+              (one) => isOwn(one) && (disk.pages.get(one)?.blocks.size ?? 0) < blocksPerSlab,
+            ) ?? spare()[0];
+          if (target === undefined) noSpace = true;
+          if (target === undefined || moved >= most) {
+            complete = false;
+            continue;
+          }
+          await this.#mayGoOn(engine);
+          await this.#land(engine, 100, () => {
+            const version = disk.data.get(slab)?.get(block);
+            if (version === undefined || disk.pages.get(slab) !== page) {
+              world.violated(`${this.nodeId} merges block ${block} out of slab ${slab}, which is wiped`);
+              return;
+            }
+            if (!disk.pages.has(target)) {
+              const generation = generations.get(target) as bigint;
+              disk.pages.set(target, { layerId, generation, blocks: new Set() });
+              disk.data.set(target, new Map());
+            }
+            if (!isOwn(target))
+              world.violated(`${this.nodeId} merges into slab ${target}, which is another's`);
+            disk.pages.get(target)?.blocks.add(block);
+            disk.data.get(target)?.set(block, version);
+            world.merged += 1;
+          });
+          moved += 1;
+        }
+      }
+      for (const [, page] of mine) for (const block of page.blocks) covered.add(block);
+    }
+    return {
+      moved_blocks: String(moved),
+      complete,
+      no_space: noSpace,
+      spare: spare().map((slab) => ({
+        first: String(slab),
+        count: 1,
+        generation: String(generations.get(slab)),
+      })),
+    };
   }
 
   async #strip(engine: Engine, victims: readonly Layer[], covers: readonly Layer[]): Promise<object> {
