@@ -315,7 +315,7 @@ TEST_F(MergeOnDisk, BlocksGoToTheChunksThatTheHeadHasAndToFreeOnesAndZerosAndHol
   EXPECT_EQ(content({43, 42, 41, 30}), before[0]);
   EXPECT_EQ(content({42, 41, 30}), before[1]);
   EXPECT_EQ(content({30}), before[3]);
-  EXPECT_TRUE(has_code(merge_layers(device, s, {layer(30, 1, {{0, 1, kGeneration}})}, victims()[0], 1000, 0), Code::kStale, "folded"))
+  EXPECT_TRUE(has_code(merge_layers(device, s, {layer(30, 1, {{0, 1, kGeneration}})}, victims()[0], 1000, 0), Code::kInvalidArgument, "folded"))
       << "into what was stripped";
 }
 

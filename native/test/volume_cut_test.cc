@@ -839,6 +839,25 @@ TEST(VolumeCut, AnEmptySlabThatWasForgottenDoesNotComeBackWithATakeOver) {
   EXPECT_TRUE(opened.ok()) << opened.message;
 }
 
+// What the metadata service has as its parent now may be another one: a layer in between has left the chain.
+TEST(VolumeCut, TheLayerThatFreezesKeepsTheParentThatItsRecordNames) {
+  CutBench bench;
+  ASSERT_TRUE(bench.open().ok());
+  ASSERT_TRUE(bench.cut().ok());
+  const uint32_t slot = bench.spec.layers[0].slot;
+  LayerRecord record = layer_record(bench, slot);
+  EXPECT_EQ(record.parent_layer_id, 50u);
+  record.parent_layer_id = 49;
+  for (uint32_t copy = 0; copy < 2; copy++) {
+    const uint64_t address = bench.superblock.layer_table_offset + (uint64_t{slot} * 2 + copy) * kBlock;
+    seal(record, kPoolUuid, address, record.header.sequence + 1);
+    bench.raw_write(address, &record, kBlock);
+  }
+  ASSERT_TRUE(bench.cut().ok());
+  EXPECT_EQ(layer_record(bench, slot).parent_layer_id, 49u);
+  EXPECT_EQ(layer_record(bench, slot).state, format::LayerState::kFrozen);
+}
+
 TEST(VolumeCut, ForgettingASlabOfTheWritableLayerIsRefused) {
   CutBench bench;
   ASSERT_TRUE(bench.open().ok());

@@ -483,7 +483,7 @@ Result<MergeReport> merge_layers(SyncDevice& device, const Superblock& s, const 
   if (Status status = check_victim(device, s, head, undone, &record); !status.ok()) return status;
   // Of what was ever stripped, a reader may still be at a place that looks free.
   if (record.state != format::LayerState::kFrozen) {
-    return Status{Code::kStale, "layer " + std::to_string(head.layer_id) + " is folded on the disk; " + undone};
+    return Status{Code::kInvalidArgument, "layer " + std::to_string(head.layer_id) + " is folded on the disk; " + undone};
   }
   Merger merger(device, s, head, record.volume_id, skip_above_permille, max_blocks, pause);
   if (Status status = merger.read_head(); !status.ok()) return status;

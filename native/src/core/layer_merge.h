@@ -23,7 +23,8 @@ struct MergeReport {
 
 // `victims` (folded, newest first) lie right below `head` (frozen, and never stripped itself). A slab of theirs stays as it is when its
 // blocks would cost the head more than `skip_above_permille` / 1000 of a slab's chunks. Ends after about `max_blocks` (0: no limit).
-// What was moved is durable. May be repeated, and cut off anywhere. kStale, and nothing changed: a record says otherwise.
+// What was moved is durable. May be repeated, and cut off anywhere. kStale, or kInvalidArgument where the head
+// was stripped, and nothing changed: a record says otherwise.
 Result<MergeReport> merge_layers(SyncDevice& device, const format::Superblock& superblock,
                                  const std::vector<LayerSpec>& victims, const LayerSpec& head,
                                  uint32_t skip_above_permille, uint64_t max_blocks, const Pause& pause = {});

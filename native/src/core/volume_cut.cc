@@ -176,6 +176,7 @@ Status VolumeImpl::cut_prepare() {
       }
       if (found.layer_id == id) record = found;
     }
+    const bool known = record.layer_id == id;
     record.header.flags = 0;
     record.layer_id = id;
     record.size_bytes = size_bytes_;
@@ -188,7 +189,8 @@ Status VolumeImpl::cut_prepare() {
     } else {
       const LayerSpec& old = spec_.layers[0];
       if (record.volume_id == 0) record.volume_id = spec_.volume_id;
-      record.parent_layer_id = old.parent_layer_id;
+      // As it stands: a layer in between may have left the chain since, and the slots of those below hang on what records name.
+      if (!known) record.parent_layer_id = old.parent_layer_id;
       record.birth = old.birth;
       record.state = LayerState::kFrozen;
       record.created_unix_ms = cut_->snapshot.unix_ms;

@@ -176,10 +176,8 @@ bool World::may_strip(const Layer& one) const { return is_folded(one) && !is_fol
 std::vector<LayerSpec> World::segment_from(uint64_t newest) {
   std::vector<LayerSpec> victims;
   for (LayerSpec& spec : chain_of(newest)) {
-    const Layer& victim = layer(spec.layer_id);
-    if (!is_folded(victim)) break;
+    if (!is_folded(layer(spec.layer_id))) break;
     victims.push_back(std::move(spec));
-    victims.back().parent_layer_id = victim.disk_parent;  // its record stays as it is
   }
   return victims;
 }
@@ -606,7 +604,8 @@ std::vector<World::Work> World::reclaimable(bool strips) {
     } else if (strips && may_strip(one) && !being_learned(id)) {
       found.push_back({Work::kStrip, id});
       const Layer& head = child_of(one);
-      if (head.spec.frozen && head.settled && !slabs_of(id).empty()) found.push_back({Work::kMerge, head.spec.layer_id});
+      const bool kept = head.spec.frozen && head.settled && (head.named || head.children > 1);
+      if (kept && !slabs_of(id).empty()) found.push_back({Work::kMerge, head.spec.layer_id});
     }
   }
   return found;

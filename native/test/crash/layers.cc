@@ -152,6 +152,7 @@ std::vector<LayerSpec> World::chain_of(uint64_t id) {
   std::vector<LayerSpec> chain;
   for (; id != 0; id = layer(id).spec.parent_layer_id) {
     chain.push_back(layer(id).spec);
+    chain.back().parent_layer_id = layer(id).disk_parent;  // records stay as they are
     chain.back().slabs = slabs_of(id);
   }
   return chain;

@@ -5,8 +5,8 @@
  * against the authority page on the disk: a deposed leader's or a restored database's order is STALE and changes nothing.
  */
 import { HoldfastError, type Logger } from '@holdfast/common';
-import type { NativeModule, VolumeRecord } from '@holdfast/native';
-import type { Layer, Order__Output, OrderResult, VolumeRecordReading } from '@holdfast/proto';
+import type { MergeReport, NativeModule, VolumeRecord } from '@holdfast/native';
+import type { Layer, MergeLayers__Output, Order__Output, OrderResult, VolumeRecordReading } from '@holdfast/proto';
 import { layerFromWire, messageOf, nativeCode, runFromWire, runToWire, slabOwnerToWire } from './convert.ts';
 import type { Cuts } from './cuts.ts';
 import type { HostedPool } from './hosted-pool.ts';
@@ -15,6 +15,11 @@ import { UnknownVolume, type Volumes } from './volumes.ts';
 
 /** Results kept for repeats. An order is forgotten long after the service has stopped asking for it. */
 const keptResults = 4096;
+
+/** More than can ever be on their way. */
+const mergesKept = 1024;
+/** Errors after which the service asks for the same merge again: see StripLayers in metadata.proto. */
+const askedAgain: readonly string[] = ['HF_UNAVAILABLE', 'HF_BUSY', 'HF_STALE'];
 
 /** Long answers, and harmless to work out again. */
 const notKept: readonly Order__Output['order'][] = ['cut_volumes', 'read_changes'];
@@ -46,6 +51,8 @@ export class OrderDesk {
   /** Wipes and strips of a pool, one after the other: an answer says that nothing of the order is in flight. */
   readonly #jobs = new KeyedLock();
   readonly #results = new Map<string, Promise<OrderResult>>();
+  /** By pool and the service's number. */
+  readonly #merges = new Map<string, Promise<MergeReport>>();
   #authority: AuthorityTerm = { storeId: '', incarnation: 0n, term: 0n };
 
   constructor(options: {
@@ -300,6 +307,43 @@ export class OrderDesk {
     return this.#runSnapshots(order);
   }
 
+  /**
+   * Sent again, it is not done again: it names slabs that may have been given to others since it was answered. This process remembers;
+   * what another had queued is gone with it.
+   */
+  async #merge(order: Order__Output, merge: MergeLayers__Output): Promise<OrderResult> {
+    const { victims, head, skip_above_permille, max_blocks, generation, sequence } = merge;
+    if (!head) throw new HoldfastError('INVALID_ARGUMENT', 'The order to merge names no layer to merge into.');
+    const pool = this.#hostedAs(order, generation);
+    await this.#checkPage(pool, order);
+    const key = `${pool.uuid}/${sequence}`;
+    const report = await this.#jobs.run(pool.uuid, () => {
+      const known = this.#merges.get(key);
+      if (known !== undefined) return known;
+      const done = pool.native.mergeLayers(
+        victims.map(layerFromWire),
+        layerFromWire(head),
+        skip_above_permille,
+        BigInt(max_blocks),
+      );
+      this.#merges.set(key, done);
+      done.catch((error: unknown) => {
+        if (askedAgain.includes(nativeCode(error) ?? '')) this.#merges.delete(key);
+      });
+      const [oldest] = this.#merges.keys();
+      if (this.#merges.size > mergesKept && oldest !== undefined) this.#merges.delete(oldest);
+      return done;
+    });
+    return {
+      merge: {
+        moved_blocks: report.movedBlocks.toString(),
+        complete: report.complete,
+        no_space: report.noSpace,
+        spare: report.spare.map(runToWire),
+      },
+    };
+  }
+
   async #runSnapshots(order: Order__Output): Promise<OrderResult> {
     if (order.hold_volumes) {
       await this.#cuts.hold(order.hold_volumes);
@@ -325,29 +369,7 @@ export class OrderDesk {
       await this.#volumes.learn(volume_uuid, BigInt(epoch), layerFromWire(layer));
       return {};
     }
-    if (order.merge_layers) {
-      const { victims, head, skip_above_permille, max_blocks, generation } = order.merge_layers;
-      if (!head)
-        throw new HoldfastError('INVALID_ARGUMENT', 'The order to merge names no layer to merge into.');
-      const pool = this.#hostedAs(order, generation);
-      await this.#checkPage(pool, order);
-      const report = await this.#jobs.run(pool.uuid, () =>
-        pool.native.mergeLayers(
-          victims.map(layerFromWire),
-          layerFromWire(head),
-          skip_above_permille,
-          BigInt(max_blocks),
-        ),
-      );
-      return {
-        merge: {
-          moved_blocks: report.movedBlocks.toString(),
-          complete: report.complete,
-          no_space: report.noSpace,
-          spare: report.spare.map(runToWire),
-        },
-      };
-    }
+    if (order.merge_layers) return await this.#merge(order, order.merge_layers);
     if (order.strip_layers) {
       const pool = this.#hostedAs(order, order.strip_layers.generation);
       await this.#checkPage(pool, order);

@@ -461,14 +461,17 @@ describe('snapshot orders', () => {
       spare: [{ first: 8n, count: 1, generation: 3n }],
     };
     const head = layer(10, 9, { frozen: true, slabs: [{ first: '7', count: 2, generation: '3' }] });
-    const merged = await service.order({
-      merge_layers: {
-        victims: [layer(9, 0, { frozen: true })],
-        head,
-        skip_above_permille: 700,
-        max_blocks: '64',
-      },
-    });
+    const merge = (sequence: string) =>
+      service.order({
+        merge_layers: {
+          victims: [layer(9, 0, { frozen: true })],
+          head,
+          skip_above_permille: 700,
+          max_blocks: '64',
+          sequence,
+        },
+      });
+    const merged = await merge('1');
     expect(merged.merge).toEqual({
       moved_blocks: '5',
       complete: false,
@@ -476,6 +479,11 @@ describe('snapshot orders', () => {
       spare: [{ first: '8', count: 1, generation: '3' }],
     });
     expect(disk.merged).toEqual([{ victims: [9n], head: 10n }]);
+    // The same merge once more, as another order: its answer, and nothing is done.
+    expect((await merge('1')).merge).toEqual(merged.merge);
+    expect(disk.merged).toHaveLength(1);
+    await merge('2');
+    expect(disk.merged).toHaveLength(2);
     const learn = (epoch: string) =>
       service.order({ learn_layer: { volume_uuid: grant.volume_uuid ?? '', epoch, layer: head } });
     expect((await learn('5')).error_code).toBe('');

@@ -38,9 +38,10 @@ export function mergeDue(
 ): StripRecord | undefined {
   const segment = worthMoving(view, poolUuid, newest, nowUnixMs, policy);
   if (segment?.headFrozen !== true) return undefined;
+  const head = requireLayer(view.tx, poolUuid, segment.headId);
+  const needed = head.snapshotUuid !== '' || head.children > 1; // else it goes itself
   // Of one that comes from the disk nobody knows whether it was ever stripped.
-  const { kept } = requireLayer(view.tx, poolUuid, segment.headId);
-  return kept || view.pinned(poolUuid, segment.headId) ? undefined : segment;
+  return !needed || head.kept || view.pinned(poolUuid, segment.headId) ? undefined : segment;
 }
 
 /** Puts a merge on record, if it is still due. */
@@ -60,7 +61,9 @@ export function beginMerge(
     takeForLayer(d.tx, pool, headId, slabsAtOnce);
     tables.pool.put(d.tx, pool, poolUuid);
   }
-  const record: MergingRecord = { victims, headId };
+  const sequence = (tables.counter.get(d.tx, 'merging') ?? 0n) + 1n;
+  tables.counter.put(d.tx, sequence, 'merging');
+  const record: MergingRecord = { sequence, victims, headId };
   tables.merging.put(d.tx, record, poolUuid, newestId);
   return record;
 }
@@ -72,12 +75,16 @@ export function mergeOrder(
   tx: Snapshot,
   poolUuid: string,
   record: MergingRecord,
-): { victims: WithSlabs[]; head: WithSlabs } {
+): { sequence: bigint; victims: WithSlabs[]; head: WithSlabs } {
   const withSlabs = (id: bigint): WithSlabs => ({
     ...requireLayer(tx, poolUuid, id),
     slabs: slabsOf(tx, poolUuid, id),
   });
-  return { victims: record.victims.map(withSlabs), head: withSlabs(record.headId) };
+  return {
+    sequence: record.sequence,
+    victims: record.victims.map(withSlabs),
+    head: withSlabs(record.headId),
+  };
 }
 
 export interface MergeOutcome {

@@ -307,6 +307,8 @@ export type CompactingRecord = {
 
 /** A merge under way: blocks of folded layers go into the frozen layer above them. */
 export type MergingRecord = {
+  /** One for each merge, never used again. */
+  sequence: bigint;
   /** Newest first. */
   victims: bigint[];
   headId: bigint;

@@ -58,6 +58,7 @@ async function moveUp(
           skip_above_permille: skipAbovePermille,
           max_blocks: maxBlocks.toString(),
           generation,
+          sequence: order.sequence.toString(),
         },
       }),
       done: (d, { merge: result }, by) => {

@@ -541,7 +541,10 @@ export function describeVolume(tx: Snapshot, volume: VolumeRecord, withLayers: b
     ...(withLayers
       ? {
           usage: usageOf(tx, volume),
-          layers: layers.map((layer) => layerToWire(layer, slabsOf(tx, volume.poolUuid, layer.layerId))),
+          layers: layers.map((layer) => ({
+            ...layerToWire(layer, slabsOf(tx, volume.poolUuid, layer.layerId)),
+            parent_layer_id: layer.parentLayerId.toString(),
+          })),
         }
       : {}),
   });

@@ -38,7 +38,7 @@ export async function strip(
     core.read((tx) => stripOrder(tx, poolUuid, newestId)) ??
     (await core.decide((d) => beginStrip(d, poolUuid, newestId)));
   if (pool === undefined || order === undefined) return;
-  const wire = (layer: LayerRecord & { slabs: SlabRun[] }): object => asOnDisk(layer, layer.slabs);
+  const wire = (layer: LayerRecord & { slabs: SlabRun[] }): object => layerToWire(layer, layer.slabs);
   try {
     await runJob(core, sessions, {
       pool,
@@ -186,11 +186,6 @@ async function wipe(
   });
 }
 
-/** Jobs on a layer leave the parent in its record as it is. */
-function asOnDisk(layer: LayerRecord, slabs: readonly SlabRun[]): object {
-  return layerToWire({ ...layer, parentLayerId: layer.diskParentId }, slabs);
-}
-
 /**
  * A strip without slabs writes the layer's record, with the parent that the order names. Whether it did is read from the disk: the
  * slots of what the record named before are free only then.
@@ -207,7 +202,7 @@ async function relink(core: Core, sessions: Sessions, pool: PoolRecord, layerId:
       timeoutMs: relinkTimeoutMs,
       order: (generation) => ({
         strip_layers: {
-          victims: [layerToWire({ ...layer, parentLayerId: parentId }, [])],
+          victims: [layerToWire({ ...layer, diskParentId: parentId }, [])],
           covers: [layerToWire(head, [])],
           generation,
         },
@@ -262,7 +257,7 @@ export async function wipeLayer(
     timeoutMs: wipeTimeoutMs,
     order: (generation) => ({
       wipe_layers: {
-        layers: [asOnDisk(layer, slabs)],
+        layers: [layerToWire(layer, slabs)],
         tombstone: true,
         generation,
       },

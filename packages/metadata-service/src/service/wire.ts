@@ -176,11 +176,15 @@ export function poolToWire(pool: PoolRecord, hosts: Host[], refusal: string | un
   };
 }
 
+/**
+ * For agents. The parent is the one in the layer's record on the disk, which engines and jobs leave as it is: layers in between may have left
+ * the chain since. What may be named where is counted (diskChildren), and slots are used again by that.
+ */
 export function layerToWire(layer: LayerRecord, slabs: readonly SlabRun[]): Layer {
   return {
     layer_id: layer.layerId.toString(),
     slot: layer.slot,
-    parent_layer_id: layer.parentLayerId.toString(),
+    parent_layer_id: layer.diskParentId.toString(),
     birth: layer.birth.toString(),
     size_bytes: layer.sizeBytes.toString(),
     frozen: layer.frozen,

@@ -76,6 +76,8 @@ export class Engine {
   inFlight = 0;
   /** Its machine was reset: what was queued never reaches the disk. */
   reset = false;
+  /** What merges came to, so that none is done twice. */
+  readonly merges = new Map<string, Promise<object>>();
   readonly volumes = new Map<string, OpenVolume>();
   readonly stock: { slab: number; generation: bigint }[] = [];
   readonly node: SimNode;
@@ -1231,8 +1233,10 @@ export class SimNode {
   async #job(engine: Engine, order: Order): Promise<Partial<OrderResult>> {
     try {
       if (order.merge_layers) {
-        const { victims = [], head } = order.merge_layers;
-        return { merge: await this.#merge(engine, victims, head ?? {}) };
+        const { victims = [], head, sequence } = order.merge_layers;
+        const known = engine.merges.get(String(sequence)) ?? this.#merge(engine, victims, head ?? {});
+        engine.merges.set(String(sequence), known);
+        return { merge: await known };
       }
       if (order.strip_layers) {
         return {
