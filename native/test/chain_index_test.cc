@@ -45,5 +45,20 @@ TEST(ChainIndex, EveryLayerIsInAGroupHoweverLongTheChain) {
   EXPECT_LE(remade, 20u);
 }
 
+TEST(ChainIndex, WhatIsForgottenIsMadeAnewAndTheRestStays) {
+  ChainIndex index;
+  index.fit(8);
+  index.leaf(0).layers = 8;
+  index.leaf(ChainIndex::kLeafChunks).layers = 8;
+  const size_t before = index.memory_bytes();
+  index.forget(ChainIndex::kLeafChunks - 1);
+  index.forget(100 * ChainIndex::kLeafChunks);
+  EXPECT_LT(index.memory_bytes(), before);
+  EXPECT_EQ(index.leaf(0).layers, 0u);
+  EXPECT_EQ(index.leaf(ChainIndex::kLeafChunks).layers, 8u);
+  index.clear();
+  EXPECT_EQ(index.leaf(ChainIndex::kLeafChunks).layers, 0u);
+}
+
 }  // namespace
 }  // namespace holdfast

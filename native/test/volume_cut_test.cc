@@ -789,7 +789,7 @@ TEST(VolumeCut, WhereAForgottenLayerOfALongChainAnsweredAnOlderOneDoes) {
   EXPECT_TRUE(bench.reads(0, 8 * kChunk, 2));
   ASSERT_EQ(bench.write(0, 8 * kChunk, 9), 0);
   ASSERT_EQ(bench.flush(), 0);
-  ASSERT_TRUE(bench.call([&](Volume::Done done) { bench.volume->forget_slabs(covered, std::move(done)); }).ok());
+  ASSERT_TRUE(bench.call([&](Volume::Done done) { bench.volume->forget(covered, {}, std::move(done)); }).ok());
   // The discard has to know that the oldest layer would show through.
   ASSERT_EQ(bench.discard(0, kChunk), 0);
   ASSERT_EQ(bench.discard(2 * kChunk + kBlock, kBlock), 0);

@@ -3,8 +3,8 @@
 //
 // A hint of 4 bits for each block: the newest group, of layers next to each other, of which one says something about it.
 // That nothing newer does is certain. That the group still does is not, as layers are stripped of what newer ones cover:
-// then the hint is lowered. Frozen layers never come to say more, so a hint never has to rise but for a layer that is newly
-// frozen; each leaf of hints takes those in when it is next looked at. The top is not in here.
+// then the hint is lowered. A hint never has to rise but for a layer that is newly frozen, which each leaf of hints takes in
+// when it is next looked at; where a frozen layer came to say more (volume_learn.cc), the leaf is made anew. The top is not in here.
 //
 // 8 bytes a chunk, made for 128 chunks at a time when one of them is first looked up: at most 130 MiB for a TiB that is
 // read all over.
@@ -37,9 +37,21 @@ class ChainIndex {
     size_t width = width_;
     while (width * kGroups < frozen) width += (width + 1) / 2;
     if (width == width_) return;
+    clear();
     width_ = width;
+  }
+  // Layers have other numbers now, or say more about many chunks.
+  void clear() {
     leaves_.clear();
     leaf_count_ = 0;
+    width_ = 1;
+  }
+  // A layer may say more about the chunk than it did.
+  void forget(uint32_t chunk) {
+    const uint32_t at = chunk / kLeafChunks;
+    if (at >= leaves_.size() || leaves_[at] == nullptr) return;
+    leaves_[at].reset();
+    leaf_count_--;
   }
   // The layers of a group are [first(group), first(group + 1)), the oldest layer is 0, and groups count from 1.
   size_t first(uint32_t group) const { return (group - 1) * width_; }

@@ -133,9 +133,8 @@ Status VolumeImpl::learn_pair(const Learn::One& one, const SlabPage& a, const Sl
     if (entry.logical_chunk == kNoChunk) continue;
     const SlabEntry before = slabs_.entry(index, c);
     data_chunks_ += entry.data != 0 && before.data == 0;
-    if (before.logical_chunk != kNoChunk) continue;
-    layer.map.set(entry.logical_chunk, index << 8 | c);
-    chain_.mention(entry.logical_chunk, learn_->layer, layers_.size());
+    if (before.data != entry.data || before.zero != entry.zero) chain_.forget(entry.logical_chunk);
+    if (before.logical_chunk == kNoChunk) layer.map.set(entry.logical_chunk, index << 8 | c);
   }
   slabs_.load(index, page.entries);
   if (page.hole_count == 0) return {};

@@ -131,7 +131,7 @@ void World::close_volume(SimVolume& one) {
     if (!step()) fail("grow() never answered");
   }
   for (uint64_t guard = 0; (one.cutting || one.forgetting > 0) && !crash_due(); guard++) {
-    if (guard > 2'000'000) fail("cut() or forget_slabs() never answered");
+    if (guard > 2'000'000) fail("cut() or forget() never answered");
     if (!step()) executor.advance(1'000'000);
   }
   if (crash_due()) return;
