@@ -10,7 +10,7 @@ const window = 3;
 const chunk = 65_536;
 const chunks = 64;
 /** The window, the top, what is being merged or removed at the moment, and their tombstones. */
-const mostSlots = 24;
+const mostSlots = 32;
 
 const layerCount = async (cluster: CsiCluster, volume: CsiVolume): Promise<number> =>
   (await call(cluster.metadata, cluster.metadata.GetVolume, { uuid: volume.uuid })).layers.length;
@@ -52,7 +52,7 @@ describe('snapshots that come and go', () => {
           for (const gone of taken.splice(0, Math.max(0, taken.length - window)))
             await cluster.deleteSnapshot(gone);
           longest = Math.max(longest, await layerCount(cluster, volume));
-          if (number % 10 === 0) await untilShort(cluster, volume, window + 3, 60_000);
+          if (number % 5 === 0) await untilShort(cluster, volume, window + 3, 60_000);
         }
         await untilShort(cluster, volume, window + 2, 60_000);
       } finally {

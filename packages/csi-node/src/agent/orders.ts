@@ -6,7 +6,13 @@
  */
 import { HoldfastError, type Logger } from '@holdfast/common';
 import type { MergeReport, NativeModule, VolumeRecord } from '@holdfast/native';
-import type { Layer, MergeLayers__Output, Order__Output, OrderResult, VolumeRecordReading } from '@holdfast/proto';
+import type {
+  Layer,
+  MergeLayers__Output,
+  Order__Output,
+  OrderResult,
+  VolumeRecordReading,
+} from '@holdfast/proto';
 import { layerFromWire, messageOf, nativeCode, runFromWire, runToWire, slabOwnerToWire } from './convert.ts';
 import type { Cuts } from './cuts.ts';
 import type { HostedPool } from './hosted-pool.ts';
@@ -313,7 +319,8 @@ export class OrderDesk {
    */
   async #merge(order: Order__Output, merge: MergeLayers__Output): Promise<OrderResult> {
     const { victims, head, skip_above_permille, max_blocks, generation, sequence } = merge;
-    if (!head) throw new HoldfastError('INVALID_ARGUMENT', 'The order to merge names no layer to merge into.');
+    if (!head)
+      throw new HoldfastError('INVALID_ARGUMENT', 'The order to merge names no layer to merge into.');
     const pool = this.#hostedAs(order, generation);
     await this.#checkPage(pool, order);
     const key = `${pool.uuid}/${sequence}`;
