@@ -80,7 +80,7 @@ const fenced = (change: Partial<KubeNode> = {}): KubeNode => node({ taints: [fen
 describe('how dead a node is', () => {
   const cases: [string, Partial<NodeView>, string][] = [
     ['silent in every way', {}, 'dead'],
-    ['its kubelet renewed a moment ago', { kubelet: { silentMs: 12_000, alive: true } }, 'none'],
+    ['its kubelet renewed a moment ago', { kubelet: { silentMs: 11_900, alive: true } }, 'none'],
     ['nobody knows its kubelet', { kubelet: { silentMs: undefined, alive: false } }, 'none'],
     ['the service knows no agent of it', { agents: [] }, 'none'],
     ['its agent is connected', { agents: [agent([host()], { connected: true, silentMs: 0 })] }, 'kubelet'],

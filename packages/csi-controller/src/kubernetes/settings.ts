@@ -2,8 +2,8 @@
 
 export interface SafetySettings {
   /**
-   * A kubelet renews its Lease every 10 s. More than that plus the time of a slow request: one renewal was missed. Only time in
-   * which the API server answered counts.
+   * A kubelet renews its Lease every 10 s (4 % more at most). More than that plus a slow request: one renewal was missed. Only
+   * time in which the API server answered counts.
    */
   readonly kubeletSilentMs: number;
   /** Without a session of the node's agent at the metadata service. An agent that restarts is back in less. */
@@ -17,7 +17,7 @@ export interface SafetySettings {
 }
 
 export const defaultSettings: SafetySettings = {
-  kubeletSilentMs: 13_000,
+  kubeletSilentMs: 12_000,
   agentSilentMs: 4000,
   heartbeatStillMs: 6000,
   overdueMs: 5000,

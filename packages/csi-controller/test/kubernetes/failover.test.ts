@@ -4,11 +4,10 @@ import { once } from 'node:events';
 import { fileURLToPath } from 'node:url';
 import { sleep, TestArea, waitFor } from '@holdfast/testing';
 import { afterEach, describe, expect, it } from 'vitest';
-import { FENCED_TAINT, OUT_OF_SERVICE_TAINT } from '../../src/kubernetes/settings.ts';
+import { defaultSettings, FENCED_TAINT, OUT_OF_SERVICE_TAINT } from '../../src/kubernetes/settings.ts';
 import { ControlPlane, missing, NAMESPACE } from './control-plane.ts';
-import { quick, Scene } from './scene.ts';
+import { quick, Scene, type SceneOptions } from './scene.ts';
 
-const theirs = 'example.com/theirs';
 const undo: (() => Promise<unknown>)[] = [];
 afterEach(async () => {
   for (const step of undo.splice(0).reverse()) await step();
@@ -17,11 +16,12 @@ afterEach(async () => {
 async function sceneOver(
   kind: 'real' | 'stand-in',
   fencing: 'LEASE_ONLY' | 'MANUAL' | 'LOOP',
+  options: SceneOptions = {},
 ): Promise<Scene> {
   const area = await TestArea.create('kubernetes');
   undo.push(() => area.dispose());
   const plane = await ControlPlane.start(area, kind);
-  const made = await Scene.start(plane, `FENCING_CLASS_${fencing}`, ['n1', 'n2', 'n3']);
+  const made = await Scene.start(plane, `FENCING_CLASS_${fencing}`, ['n1', 'n2', 'n3'], options);
   undo.push(() => made.stop());
   return made;
 }
@@ -50,6 +50,7 @@ function failovers(kind: 'real' | 'stand-in'): void {
     const elsewhere = await s.pod('elsewhere', 'n2', ['ours']);
     const attachments = await s.attachments();
     const before = await s.volumesInUse('n1');
+    const theirs = await s.taintKeys('n1');
     // So long that a kubelet which works would have been found silent.
     await sleep(2 * quick.kubeletSilentMs);
     expect(await s.hostState('n1')).toBe('HOST_STATE_LIVE');
@@ -57,7 +58,7 @@ function failovers(kind: 'real' | 'stand-in'): void {
     s.powerOff('n1');
     await s.podGone('plain');
     expect(await s.hostState('n1')).toBe('HOST_STATE_DEAD');
-    expect(await s.taintKeys('n1')).toEqual([theirs, FENCED_TAINT].sort());
+    expect(await s.taintKeys('n1')).toEqual([...theirs, FENCED_TAINT].sort());
     expect(await s.volumesInUse('n1')).toEqual(before.slice(2));
     for (const pod of [mixed, other, stays, elsewhere]) {
       const now = await s.podExists(pod.metadata?.name ?? '');
@@ -76,7 +77,7 @@ function failovers(kind: 'real' | 'stand-in'): void {
     await waitFor('our taint to go', async () => !(await s.taintKeys('n1')).includes(FENCED_TAINT), {
       timeoutMs: 15_000,
     });
-    expect(await s.taintKeys('n1')).toEqual([theirs]);
+    expect(await s.taintKeys('n1')).toEqual(theirs);
     expect((await s.plane.core.readNode({ name: 'n1' })).metadata?.annotations).not.toHaveProperty(
       'holdfast.io/fence',
     );
@@ -130,6 +131,7 @@ function failovers(kind: 'real' | 'stand-in'): void {
     await waitFor('a leader', () => leader.isLeader());
     await s.pod('plain', 'n1', ['ours']);
     await s.pod('other', 'n1', ['other']);
+    const theirs = await s.taintKeys('n1');
     s.powerOff('n1');
     expect(await s.event('HoldfastFencing', 'Node', 'n1')).toContain('silent');
     const message = await waitFor(
@@ -139,7 +141,7 @@ function failovers(kind: 'real' | 'stand-in'): void {
     );
     expect(message.message).toContain('holdfast node confirm-off n1.00000001');
     expect(await s.podExists('plain')).toBeDefined();
-    expect(await s.taintKeys('n1')).toEqual([theirs]);
+    expect(await s.taintKeys('n1')).toEqual(theirs);
 
     await s.service.rpc('ConfirmNodeOff', { node_id: 'n1.00000001', confirmed_by: 'a test' });
     await s.podGone('plain');
@@ -149,10 +151,10 @@ function failovers(kind: 'real' | 'stand-in'): void {
     );
 
     await s.powerOn('n1');
-    await waitFor('our taints to go', async () => (await s.taintKeys('n1')).length === 1, {
+    await waitFor('our taints to go', async () => (await s.taintKeys('n1')).length === theirs.length, {
       timeoutMs: 15_000,
     });
-    expect(await s.taintKeys('n1')).toEqual([theirs]);
+    expect(await s.taintKeys('n1')).toEqual(theirs);
   }, 120_000);
 
   it('a node that was shut down in order is not fenced, and its pods move', async () => {
@@ -248,6 +250,34 @@ function failovers(kind: 'real' | 'stand-in'): void {
     await s.podGone('plain', 60_000);
     expect((await s.podExists('mixed'))?.metadata?.uid).toBe(mixed.metadata?.uid);
   }, 240_000);
+
+  it('with the times of a real cluster, a pod of a node that is killed is gone after half a minute', async () => {
+    const disk = { leaseMs: 10_000, renewIntervalMs: 2000, drainMs: 5000 };
+    const s = await sceneOver(kind, 'LEASE_ONLY', { disk, kubeletRenewsMs: 10_000 });
+    const leader = s.controller('a', defaultSettings);
+    await waitFor('a leader', () => leader.isLeader());
+    await s.pod('plain', 'n1', ['ours']);
+    // Two renewals of the kubelet, and a part of the next.
+    await sleep(24_000);
+    const killedAt = performance.now();
+    const since = (): string => ((performance.now() - killedAt) / 1000).toFixed(1);
+    s.powerOff('n1');
+    await waitFor('the fence', async () => (await s.hostState('n1')) !== 'HOST_STATE_LIVE', {
+      timeoutMs: 30_000,
+    });
+    const fenced = since();
+    await waitFor('its end', async () => (await s.hostState('n1')) === 'HOST_STATE_DEAD', {
+      timeoutMs: 30_000,
+    });
+    const over = since();
+    await s.podGone('plain');
+    const gone = since();
+    process.stdout.write(
+      `killed; fence asked for after ${fenced} s, over after ${over} s, pod gone after ${gone} s\n`,
+    );
+    expect(Number(over)).toBeGreaterThan(15.5);
+    expect(Number(gone)).toBeLessThan(40);
+  }, 180_000);
 
   it('two replicas: the one that ends hands over at once', async () => {
     const s = await scene('LEASE_ONLY');

@@ -19,13 +19,18 @@ export const quickLeader: LeaderSettings = {
   retryMs: 500,
   requestMs: 1500,
 };
-const kubeletRenewsMs = 500;
 const OTHER_DRIVER = 'other.example.com';
 
 export function quietLogger(): Logger {
   const logger = createLogger('safety-test');
   logger.level = process.env['HOLDFAST_LOG_LEVEL'] ?? 'silent';
   return logger;
+}
+
+export interface SceneOptions {
+  /** Of the pool. */
+  readonly disk?: Partial<FakeDisk>;
+  readonly kubeletRenewsMs?: number;
 }
 
 export interface Machine {
@@ -39,18 +44,25 @@ export class Scene {
   readonly service: Cluster;
   readonly disk: FakeDisk;
   readonly machines = new Map<string, Machine>();
+  readonly #kubeletRenewsMs: number;
   readonly #kubelets = new Map<string, NodeJS.Timeout>();
   readonly #controllers: { safety: RunningSafety; metadata: MetadataApi }[] = [];
 
-  private constructor(plane: ControlPlane, service: Cluster, disk: FakeDisk) {
+  private constructor(plane: ControlPlane, service: Cluster, disk: FakeDisk, kubeletRenewsMs: number) {
+    this.#kubeletRenewsMs = kubeletRenewsMs;
     this.plane = plane;
     this.service = service;
     this.disk = disk;
   }
 
-  static async start(plane: ControlPlane, fencing: FencingClass, nodes: readonly string[]): Promise<Scene> {
-    const disk = Object.assign(new FakeDisk(), { fencing, leaseMs: 600 });
-    const scene = new Scene(plane, await Cluster.start(), disk);
+  static async start(
+    plane: ControlPlane,
+    fencing: FencingClass,
+    nodes: readonly string[],
+    options: SceneOptions = {},
+  ): Promise<Scene> {
+    const disk = Object.assign(new FakeDisk(), { fencing, leaseMs: 600 }, options.disk);
+    const scene = new Scene(plane, await Cluster.start(), disk, options.kubeletRenewsMs ?? 500);
     await scene.#classes();
     for (const name of nodes) await scene.#node(name);
     return scene;
@@ -107,7 +119,7 @@ export class Scene {
     };
     this.#kubelets.set(
       name,
-      setInterval(() => void renew().catch(() => undefined), kubeletRenewsMs),
+      setInterval(() => void renew().catch(() => undefined), this.#kubeletRenewsMs),
     );
   }
 
