@@ -42,7 +42,9 @@ export async function startController(options: ControllerOptions): Promise<Runni
   const logger = options.logger ?? createLogger('csi-controller');
   const metadata = new MetadataApi(options.metadata, options.metadataCredentials);
   const controller = new ControllerService(metadata, logger);
+  let safety: { close(): Promise<void> } | undefined;
   try {
+    if (options.kubernetes !== undefined) safety = await startSafety(options.kubernetes, metadata, logger);
     const server = await serve(options.endpoint, (grpc) => {
       grpc.addService(
         csi.Identity.service,
@@ -56,7 +58,6 @@ export async function startController(options: ControllerOptions): Promise<Runni
       grpc.addService(csi.SnapshotMetadata.service, new SnapshotMetadataService(metadata).handlers(logger));
     });
     logger.info({ endpoint: server.address, metadata: options.metadata }, 'CSI controller serves');
-    const safety = options.kubernetes && (await startSafety(options.kubernetes, metadata, logger));
     return {
       address: server.address,
       close: async (graceMs) => {
@@ -66,6 +67,7 @@ export async function startController(options: ControllerOptions): Promise<Runni
       },
     };
   } catch (error) {
+    await safety?.close();
     metadata.close();
     throw error;
   }

@@ -35,10 +35,17 @@ export const NODE_LEASES = 'kube-node-lease';
 const requestMs = 4000;
 const watchSeconds = 240;
 
+/** @throws HoldfastError INVALID_ARGUMENT when there is nothing to reach an API server by. */
 export function kubeConfig(file: string | undefined): KubeConfig {
   const config = new KubeConfig();
-  if (file !== undefined) config.loadFromFile(file);
-  else config.loadFromCluster();
+  if (file === undefined && process.env['KUBERNETES_SERVICE_HOST'] === undefined) {
+    throw new HoldfastError(
+      'INVALID_ARGUMENT',
+      '--kubernetes needs an API server, and this process does not run as a pod. Give --kubeconfig FILE.',
+    );
+  }
+  if (file === undefined) config.loadFromCluster();
+  else config.loadFromFile(file);
   return config;
 }
 
