@@ -75,6 +75,15 @@ export const errorHelp: Record<ErrorCode, Help> = {
     meaning: 'The call took longer than its caller allowed. What it began goes on.',
     action: 'Repeat the call: it joins what is under way.',
   },
+  KUBERNETES_REFUSED: {
+    meaning:
+      'The Kubernetes API does not let the controller do what it needs for moving pods off dead nodes. Nothing was changed.',
+    action: 'Give its service account the rights of docs/kubernetes-safety.md (the chart does).',
+  },
+  KUBERNETES_UNAVAILABLE: {
+    meaning: 'The Kubernetes API did not answer the controller. Nobody is fenced for that.',
+    action: 'Nothing: it is asked again. If it lasts, look at the API server and the network between.',
+  },
   UNIMPLEMENTED: {
     meaning: 'This version does not have the feature.',
     action: 'Do without it, or upgrade.',

@@ -31,6 +31,9 @@ export const errorCodes = {
   BAD_TOKEN: status.ABORTED,
   UNAVAILABLE: status.UNAVAILABLE,
   DEADLINE_EXCEEDED: status.DEADLINE_EXCEEDED,
+  /** The Kubernetes API refused a call of the controller's account. */
+  KUBERNETES_REFUSED: status.PERMISSION_DENIED,
+  KUBERNETES_UNAVAILABLE: status.UNAVAILABLE,
   UNIMPLEMENTED: status.UNIMPLEMENTED,
   /** Metadata on disk fails its check. */
   CORRUPT: status.DATA_LOSS,

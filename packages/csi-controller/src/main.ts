@@ -1,4 +1,5 @@
 /** The CSI controller as a process: `main.js --endpoint unix:/csi/controller.sock --metadata host:port`. */
+import { hostname } from 'node:os';
 import { Command } from 'commander';
 import { createLogger } from '@holdfast/common';
 import { startController } from './server.ts';
@@ -12,11 +13,36 @@ const options = new Command('holdfast-csi-controller')
     process.env['CSI_ENDPOINT'],
   )
   .requiredOption('--metadata <address>', 'host:port of the metadata service')
+  .option('--kubernetes', 'move pods off nodes that died, after fencing them (docs/kubernetes-safety.md)')
+  .option('--kubeconfig <file>', 'how to reach the API server; without it: as a pod, by its service account')
+  .option(
+    '--namespace <name>',
+    'where the leader Lease of the replicas is',
+    process.env['POD_NAMESPACE'] ?? 'holdfast',
+  )
+  .option('--lease-name <name>', 'its name', 'holdfast-csi-controller')
+  .option('--identity <name>', 'of this replica', process.env['POD_NAME'] ?? hostname())
+  .option('--no-out-of-service', 'never set the out-of-service taint, also with proof that a machine is off')
   .parse()
-  .opts<{ endpoint: string; metadata: string }>();
+  .opts<{
+    endpoint: string;
+    metadata: string;
+    kubernetes?: true;
+    kubeconfig?: string;
+    namespace: string;
+    leaseName: string;
+    identity: string;
+    outOfService: boolean;
+  }>();
 
 try {
-  const running = await startController({ ...options, logger });
+  const { endpoint, metadata, kubernetes, ...safety } = options;
+  const running = await startController({
+    endpoint,
+    metadata,
+    logger,
+    ...(kubernetes === undefined ? {} : { kubernetes: safety }),
+  });
   for (const signal of ['SIGINT', 'SIGTERM'] as const) {
     process.once(signal, () => {
       logger.info({ signal }, 'stopping');

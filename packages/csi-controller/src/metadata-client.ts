@@ -19,11 +19,14 @@ import {
   type ExpandVolumeRequest,
   type GetCapacityResponse__Output,
   type ListChangesRequest,
+  type FenceNodeRequest,
   type ListChangesResponse__Output,
+  type ListNodesRequest,
   type ListSnapshotsRequest,
   type ListSnapshotsResponse__Output,
   type ListVolumesResponse__Output,
   type MetadataClient,
+  type Node__Output,
   type Pool__Output,
   type PublishVolumeRequest,
   type Snapshot__Output,
@@ -194,6 +197,14 @@ export class MetadataApi {
   async listPools(caller: Caller): Promise<Pool__Output[]> {
     const answer = await this.#call<{ pools: Pool__Output[] }>(this.#client.ListPools, {}, caller);
     return answer.pools;
+  }
+
+  async listNodes(request: ListNodesRequest, caller: Caller): Promise<Node__Output[]> {
+    const answer = await this.#call<{ nodes: Node__Output[] }>(this.#client.ListNodes, request, caller);
+    return answer.nodes;
+  }
+  async fenceNode(request: Omit<FenceNodeRequest, 'request_id'>, caller: Caller): Promise<void> {
+    await this.#call(this.#client.FenceNode, { ...request, request_id: randomUUID() }, caller);
   }
 }
 

@@ -7,12 +7,26 @@ import { GroupService } from './groups.ts';
 import { MetadataApi } from './metadata-client.ts';
 import { SnapshotMetadataService } from './snapshot-metadata.ts';
 
+/** For moving pods off dead nodes. */
+export interface KubernetesOptions {
+  /** Undefined: as a pod, with its service account. */
+  kubeconfig?: string;
+  /** Where the leader Lease is. */
+  namespace: string;
+  leaseName: string;
+  /** Of this replica: its pod's name. */
+  identity: string;
+  outOfService: boolean;
+}
+
 export interface ControllerOptions {
   /** `unix:/path/controller.sock` */
   endpoint: string;
   /** `host:port` of the metadata service. */
   metadata: string;
   metadataCredentials?: ChannelCredentials;
+  /** Undefined: this is no Kubernetes cluster, or another process does it. */
+  kubernetes?: KubernetesOptions;
   logger?: Logger;
 }
 
@@ -28,7 +42,9 @@ export async function startController(options: ControllerOptions): Promise<Runni
   const logger = options.logger ?? createLogger('csi-controller');
   const metadata = new MetadataApi(options.metadata, options.metadataCredentials);
   const controller = new ControllerService(metadata, logger);
+  let safety: { close(): Promise<void> } | undefined;
   try {
+    if (options.kubernetes !== undefined) safety = await startSafety(options.kubernetes, metadata, logger);
     const server = await serve(options.endpoint, (grpc) => {
       grpc.addService(
         csi.Identity.service,
@@ -45,12 +61,31 @@ export async function startController(options: ControllerOptions): Promise<Runni
     return {
       address: server.address,
       close: async (graceMs) => {
+        await safety?.close();
         await server.close(graceMs);
         metadata.close();
       },
     };
   } catch (error) {
+    await safety?.close();
     metadata.close();
     throw error;
   }
+}
+
+/** Loaded only where it is wanted: the client library takes most of a second and 100 MB. */
+async function startSafety(
+  { kubeconfig, outOfService, ...options }: KubernetesOptions,
+  metadata: MetadataApi,
+  logger: Logger,
+): Promise<{ close(): Promise<void> }> {
+  const { kubeConfig } = await import('./kubernetes/kube-cluster.ts');
+  const safety = await import('./kubernetes/index.ts');
+  return safety.startSafety({
+    ...options,
+    config: kubeConfig(kubeconfig),
+    metadata,
+    logger,
+    settings: { outOfService },
+  });
 }

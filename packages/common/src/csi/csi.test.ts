@@ -164,6 +164,7 @@ describe('readParameters', () => {
         'csi.storage.k8s.io/fstype': 'xfs',
         mkfsOptions: ' -m  reflink=1 ',
         'csi.storage.k8s.io/pvc/name': 'data',
+        'holdfast.io/evict': 'false',
       }),
     ).toEqual({ pool: 'fast', fsType: 'xfs', mkfsOptions: ['-m', 'reflink=1'] });
     expect(readParameters({})).toEqual({ pool: undefined, fsType: undefined, mkfsOptions: [] });
@@ -177,6 +178,7 @@ describe('readParameters', () => {
     );
     expect(() => readParameters({ pool: ' ' })).toThrow(/empty/);
     expect(() => readParameters({ fsType: 'ntfs' })).toThrow(/ext4, xfs, btrfs/);
+    expect(() => readParameters({ 'holdfast.io/evict': 'no' })).toThrow(/"true" or "false"/);
   });
 
   it('lets no mkfs option name a file or another device', () => {

@@ -16,8 +16,13 @@ const ignored = [
   'csi.storage.k8s.io/pvc/name',
   'csi.storage.k8s.io/pvc/namespace',
 ];
+/**
+ * "false": pods that use volumes of this class stay on a node that died, until a person or Kubernetes moves them. The same key as
+ * an annotation of a PersistentVolumeClaim goes before the class. No part of what the volume is.
+ */
+export const EVICT = 'holdfast.io/evict';
 const fsTypeKeys = ['fsType', 'csi.storage.k8s.io/fstype'];
-export const knownParameters = ['pool', ...fsTypeKeys, 'mkfsOptions'] as const;
+export const knownParameters = ['pool', ...fsTypeKeys, 'mkfsOptions', EVICT] as const;
 
 /** @throws INVALID_ARGUMENT naming the known ones for an unknown, empty or contradictory parameter. */
 export function readParameters(parameters: Readonly<Record<string, string>>): VolumeParameters {
@@ -37,6 +42,13 @@ export function readParameters(parameters: Readonly<Record<string, string>>): Vo
         `Parameter "${key}" is empty. Give it a value or leave it out of the StorageClass.`,
       );
     }
+  }
+  const evict = parameters[EVICT] ?? 'true';
+  if (evict !== 'true' && evict !== 'false') {
+    throw new HoldfastError(
+      'INVALID_ARGUMENT',
+      `Parameter "${EVICT}" is "${evict}". Give "true" or "false" in the StorageClass.`,
+    );
   }
   const asked = fsTypeKeys.flatMap((key) => {
     const value = parameters[key];

@@ -35,6 +35,18 @@ export const proofsOf: Readonly<Record<FencingClass, readonly ProofKind[]>> = {
   loop: ['lock-free'],
 };
 
+/** A dead life whose proof says that the machine itself was off, or has rebooted since. */
+export function machineWasOff(host: HostRecord): boolean {
+  return host.state === 'DEAD' && /(^|; )(confirmed-off: |new boot id )/.test(host.proof);
+}
+
+/** Somebody knows more of a life that is dead already: that its machine is off. */
+export function alsoOff(host: HostRecord, by: string): HostRecord {
+  return machineWasOff(host)
+    ? host
+    : { ...host, proof: `${host.proof}; confirmed-off: ${by} says that the machine is off` };
+}
+
 /** What a new record needs that the machine does not invent. */
 export interface HostSetting {
   poolUuid: string;

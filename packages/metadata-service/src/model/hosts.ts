@@ -2,7 +2,7 @@
 import { HoldfastError } from '@holdfast/common';
 import type { Snapshot } from '../store/store.ts';
 import { audit, requireAuthority, requireLife, requirePool, stale, type Decision } from './decision.ts';
-import { stepHost, type Death, type HostEvent, type HostOutcome } from './host.ts';
+import { alsoOff, stepHost, type Death, type HostEvent, type HostOutcome } from './host.ts';
 import { tables, type HostLife, type HostRecord, type PoolRecord } from './records.ts';
 import { orphanAhead } from './slabs.ts';
 import { voidGrants } from './grants.ts';
@@ -137,17 +137,24 @@ export function fenceHost(d: Decision, pool: PoolRecord, host: HostRecord, reaso
 
 /**
  * Somebody who knows says that a node's machine is off: the proof of class C. A life that is not being fenced yet is fenced
- * with it; the word counts when the fence page is durable, so that the machine finds it when it comes back.
+ * with it; the word counts when the fence page is durable, so that the machine finds it when it comes back. Of a life that is
+ * dead for another reason it is kept beside that: not every proof says that the machine is off.
  */
 export function confirmOff(d: Decision, nodeId: string, by: string): HostRecord[] {
   return hostsOfNode(d, nodeId).map(({ pool, host }) => {
-    if (host.state === 'DEAD' || (pool.fencing !== 'manual' && pool.fencing !== 'lease-only')) return host;
+    if (pool.fencing !== 'manual' && pool.fencing !== 'lease-only') return host;
+    const dead = host.state === 'DEAD' ? alsoOff(host, by) : undefined;
+    if (dead === host) return host;
     audit(d, 'confirm-off', {
       poolUuid: pool.uuid,
       nodeId,
       generation: host.generation,
       proof: `${by} says that the machine is off`,
     });
+    if (dead !== undefined) {
+      tables.host.put(d.tx, dead, pool.uuid, host.hostId);
+      return dead;
+    }
     const fenced = fenceHost(d, pool, host, `${by} says that the machine is off`);
     if (fenced.state === 'CUTTING') return applyConfirmation(d, pool, fenced, by);
     if (fenced.fence === null) return fenced;

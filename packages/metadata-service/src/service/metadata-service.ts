@@ -7,7 +7,9 @@ import type {
   FenceNodeRequest__Output,
   Host,
   Known,
+  ListNodesRequest__Output,
   MetadataHandlers,
+  Node,
   Pool,
   PublishVolumeRequest__Output,
   Snapshot as WireSnapshot,
@@ -16,7 +18,7 @@ import type {
   Volume,
 } from '@holdfast/proto';
 import { once } from '../model/answers.ts';
-import { mayDecide, requirePool } from '../model/decision.ts';
+import { mayDecide, requirePool, stale } from '../model/decision.ts';
 import { publishVolume, requireReady, requireVolume, unpublishVolume } from '../model/grants.ts';
 import { createGroup, deleteGroup, requireGroup } from '../model/groups.ts';
 import { confirmOff, fenceHost, hostsOfNode } from '../model/hosts.ts';
@@ -25,6 +27,7 @@ import {
   type AuditEntry,
   type GroupRecord,
   type HostRecord,
+  type NodeRecord,
   type PoolRecord,
   type SnapshotRecord,
   type VolumeRecord,
@@ -50,10 +53,11 @@ import {
 import type { Snapshot, Value } from '../store/store.ts';
 import { listChanges } from './changes.ts';
 import type { Core } from './core.ts';
+import type { Heartbeats } from './heartbeats.ts';
 import { Importer } from './import.ts';
 import type { Operations } from './operations.ts';
 import type { Sessions } from './sessions.ts';
-import { afterWaiting, fenceProgress, refuseUnconfirmed, waitUntil } from './waiting.ts';
+import { afterWaiting, fenceProgress, isUnconfirmed, refuseUnconfirmed, waitUntil } from './waiting.ts';
 import {
   accessMode,
   auditToWire,
@@ -72,12 +76,14 @@ export class MetadataApi {
   readonly #core: Core;
   readonly #sessions: Sessions;
   readonly #operations: Operations;
+  readonly #heartbeats: Heartbeats;
   readonly #importer: Importer;
 
-  constructor(core: Core, sessions: Sessions, operations: Operations) {
+  constructor(core: Core, sessions: Sessions, operations: Operations, heartbeats: Heartbeats) {
     this.#core = core;
     this.#sessions = sessions;
     this.#operations = operations;
+    this.#heartbeats = heartbeats;
     this.#importer = new Importer(core, sessions);
   }
 
@@ -167,7 +173,7 @@ export class MetadataApi {
       ListChanges: (stream) => listChanges(this.#core, this.#sessions, stream),
       GetCapacity: unary(log, 'GetCapacity', async (request) => this.#capacity(request.pool_uuids)),
       ListPools: unary(log, 'ListPools', async () => ({ pools: this.#listPools() })),
-      ListNodes: unary(log, 'ListNodes', async () => ({ nodes: this.#listNodes() })),
+      ListNodes: unary(log, 'ListNodes', async (request) => ({ nodes: this.#listNodes(request) })),
       FenceNode: unary(log, 'FenceNode', (request, context) => this.#fenceNode(request, context)),
       ConfirmNodeOff: unary(log, 'ConfirmNodeOff', (request) => this.#confirmNodeOff(request)),
       ListAudit: unary(log, 'ListAudit', async (request) => ({
@@ -407,25 +413,48 @@ export class MetadataApi {
     return [...known, ...refused];
   }
 
-  #listNodes(): object[] {
-    return this.#core.read((tx) =>
-      tables.node.list(tx).map((node) => {
-        const session = this.#sessions.get(node.nodeId);
-        return {
-          node_id: node.nodeId,
-          name: node.name,
-          connected: session !== undefined,
-          last_seen_unix_ms: (session?.lastSeenUnixMs ?? node.lastSeenUnixMs).toString(),
-          hosts: hostsOfNode({ tx }, node.nodeId).map(({ host }) => this.#host(host)),
-          agent_version: node.version,
-          max_volumes: node.maxVolumes,
-        };
-      }),
+  #listNodes(wanted: ListNodesRequest__Output): Node[] {
+    return this.#core.read((tx) => {
+      const hosts = tables.host.list(tx);
+      return tables.node
+        .list(tx)
+        .filter((node) => wanted.name === '' || node.name === wanted.name)
+        .map((node) => ({ node, hosts: hosts.filter((host) => host.nodeId === node.nodeId) }))
+        .filter((one) => !wanted.only_troubled || this.#isTroubled(one.node, one.hosts))
+        .map((one) => this.#node(one.node, one.hosts));
+    });
+  }
+
+  #isTroubled(node: NodeRecord, hosts: readonly HostRecord[]): boolean {
+    return (
+      !this.#sessions.isConnected(node.nodeId) ||
+      hosts.some((host) => host.state !== 'LIVE' && host.state !== 'JOINING')
     );
   }
 
+  #node(node: NodeRecord, hosts: readonly HostRecord[]): Node {
+    const session = this.#sessions.get(node.nodeId);
+    return {
+      node_id: node.nodeId,
+      name: node.name,
+      connected: session !== undefined,
+      last_seen_unix_ms: (session?.lastSeenUnixMs ?? node.lastSeenUnixMs).toString(),
+      hosts: hosts.map((host) => this.#host(host)),
+      agent_version: node.version,
+      max_volumes: node.maxVolumes,
+      silent_ms: Math.floor(this.#sessions.silentMs(node.nodeId)).toString(),
+    };
+  }
+
   #host(host: HostRecord): Host {
-    return hostToWire(host, this.#operations.waitingFor(host.poolUuid, host.hostId));
+    return this.#core.read((tx) =>
+      hostToWire(host, {
+        waitingFor: this.#operations.waitingFor(host.poolUuid, host.hostId),
+        heldVolumes: tables.held.entries(tx, [host.poolUuid, host.hostId]).length,
+        heartbeatStillMs: this.#heartbeats.stillMs(host),
+        needsConfirmation: isUnconfirmed(tables.pool.get(tx, host.poolUuid), host),
+      }),
+    );
   }
 
   async #fenceNode(request: FenceNodeRequest__Output, context: CallContext): Promise<{ hosts: Host[] }> {
@@ -433,12 +462,14 @@ export class MetadataApi {
       once(d, 'FenceNode', request, () => {
         requireNode(d.tx, request.node_id);
         if (request.pool_uuid !== '') requirePool(d, request.pool_uuid);
-        return hostsOfNode(d, request.node_id)
-          .filter(({ pool }) => request.pool_uuid === '' || pool.uuid === request.pool_uuid)
-          .map(({ pool, host }) => {
-            fenceHost(d, pool, host, request.reason || 'asked for by a person');
-            return { poolUuid: pool.uuid, hostId: host.hostId, generation: host.generation };
-          });
+        const hosts = hostsOfNode(d, request.node_id).filter(
+          ({ pool }) => request.pool_uuid === '' || pool.uuid === request.pool_uuid,
+        );
+        this.#refuseOtherLife(request, hosts);
+        return hosts.map(({ pool, host }) => {
+          fenceHost(d, pool, host, request.reason || 'asked for by a person');
+          return { poolUuid: pool.uuid, hostId: host.hostId, generation: host.generation };
+        });
       }),
     );
     const meant = answer as { poolUuid: string; hostId: number; generation: bigint }[];
@@ -467,6 +498,29 @@ export class MetadataApi {
           .join('; '),
     );
     return { hosts: hosts.map((host) => this.#host(host)) };
+  }
+
+  /** A caller who looked before it asked: what it saw may be over. @throws HoldfastError */
+  #refuseOtherLife(request: FenceNodeRequest__Output, hosts: readonly { host: HostRecord }[]): void {
+    if (request.unless_connected && this.#sessions.isConnected(request.node_id)) {
+      throw new HoldfastError(
+        'FAILED_PRECONDITION',
+        `The agent of ${request.node_id} is connected, and the fence was asked for only if it is not. Nothing was changed.`,
+      );
+    }
+    const meant = BigInt(request.generation);
+    if (meant === 0n) return;
+    if (request.pool_uuid === '') {
+      throw new HoldfastError(
+        'INVALID_ARGUMENT',
+        'FenceNode takes a generation only together with pool_uuid.',
+      );
+    }
+    const other = hosts.find(({ host }) => host.generation !== meant);
+    if (hosts.length > 0 && other === undefined) return;
+    throw stale(
+      `generation ${meant} of ${request.node_id} was meant, it is ${other ? `at ${other.host.generation}` : 'no host of that pool'}`,
+    );
   }
 
   async #confirmNodeOff(request: {

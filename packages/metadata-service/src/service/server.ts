@@ -17,6 +17,7 @@ import type { Store } from '../store/store.ts';
 import { AgentsApi } from './agents-service.ts';
 import { systemClock } from './clock.ts';
 import { Core } from './core.ts';
+import { Heartbeats } from './heartbeats.ts';
 import { serveHttp } from './http.ts';
 import { MetadataApi } from './metadata-service.ts';
 import { Metrics } from './metrics.ts';
@@ -111,11 +112,14 @@ export async function startMetadataService(options: MetadataServiceOptions): Pro
       );
     };
     const agents = new AgentsApi(core, sessions).handlers();
-    const metadata = new MetadataApi(core, sessions, operations).handlers();
+    const heartbeats = new Heartbeats(core, sessions);
+    const metadata = new MetadataApi(core, sessions, operations, heartbeats).handlers();
     operations.start();
+    const watching = heartbeats.run();
     undo.push(async () => {
       core.stop();
       await operations.stop();
+      await watching;
     });
     const server = await serve(
       options.listen,

@@ -73,9 +73,13 @@ export class Session {
 export class Sessions {
   readonly #core: Core;
   readonly #sessions = new Map<string, Session>();
+  readonly #startedMs: number;
+  /** When the last session of a node ended, in monotonic milliseconds. */
+  readonly #endedMs = new Map<string, number>();
 
   constructor(core: Core) {
     this.#core = core;
+    this.#startedMs = core.clock.monotonicMs();
     core.stopped.signal.addEventListener('abort', () => {
       for (const session of this.#sessions.values()) this.#abandon(session, 'The metadata service stops.');
     });
@@ -91,6 +95,12 @@ export class Sessions {
 
   isConnected(nodeId: string): boolean {
     return this.#sessions.has(nodeId);
+  }
+
+  /** For how long there has been none of this node. A service that has just started has missed nobody yet. */
+  silentMs(nodeId: string): number {
+    if (this.isConnected(nodeId)) return 0;
+    return this.#core.clock.monotonicMs() - (this.#endedMs.get(nodeId) ?? this.#startedMs);
   }
 
   /** A node has one session: a newer one takes the place of an older. */
@@ -109,6 +119,7 @@ export class Sessions {
   detach(session: Session): void {
     if (this.#sessions.get(session.nodeId) !== session) return;
     this.#sessions.delete(session.nodeId);
+    this.#endedMs.set(session.nodeId, this.#core.clock.monotonicMs());
     this.#abandon(session, `The agent of ${session.nodeId} went away.`);
     this.#core.changed();
   }

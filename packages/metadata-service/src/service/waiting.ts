@@ -1,7 +1,7 @@
 /** Calls that answer when something durable has ended: they look at the store, wait for it to change, and look again. */
 import { HoldfastError, type CallContext } from '@holdfast/common';
 import { MustWait } from '../model/grants.ts';
-import { tables, type HostRecord } from '../model/records.ts';
+import { tables, type HostRecord, type PoolRecord } from '../model/records.ts';
 import type { Core } from './core.ts';
 import type { Operations } from './operations.ts';
 
@@ -71,14 +71,18 @@ export function fenceProgress(operations: Operations, host: HostRecord | undefin
   return `${host.nodeId} is being fenced (${host.state})${waitingFor === '' ? '' : `, waiting for ${waitingFor}`}`;
 }
 
+/** The fence page is durable, and nothing but a person's word is left that could complete the fence. */
+export function isUnconfirmed(pool: PoolRecord | undefined, host: HostRecord): boolean {
+  return pool?.fencing === 'manual' && host.state === 'CUTTING' && host.fence?.confirmedBy === '';
+}
+
 /**
  * A class that waits for a person says so, once its own chances are used up: the victim had time to find its page and stop.
  * @throws HoldfastError FENCE_NEEDS_CONFIRMATION
  */
 export function refuseUnconfirmed(core: Core, host: HostRecord | undefined): void {
-  if (host?.state !== 'CUTTING' || host.fence?.confirmedBy !== '') return;
-  const pool = core.read((tx) => tables.pool.get(tx, host.poolUuid));
-  if (pool?.fencing !== 'manual') return;
+  const pool = host && core.read((tx) => tables.pool.get(tx, host.poolUuid));
+  if (host === undefined || pool === undefined || !isUnconfirmed(pool, host)) return;
   if (core.clock.unixMs() - host.sinceUnixMs < 2 * pool.renewIntervalMs) return;
   throw new HoldfastError(
     'FENCE_NEEDS_CONFIRMATION',

@@ -18,6 +18,7 @@ import type {
   Volume,
 } from '@holdfast/proto';
 import type { Claim } from '../model/allocation.ts';
+import { machineWasOff } from '../model/host.ts';
 import type { PoolSighting } from '../model/pools.ts';
 import type {
   AccessMode,
@@ -137,7 +138,17 @@ export function sightingFromWire(seen: PoolSeen__Output): PoolSighting {
   };
 }
 
-export function hostToWire(host: HostRecord, waitingFor: string): Host {
+/** What is known of a host besides its record. */
+export interface HostStanding {
+  /** Of its fence. */
+  waitingFor: string;
+  heldVolumes: number;
+  heartbeatStillMs: number | undefined;
+  needsConfirmation: boolean;
+}
+
+export function hostToWire(host: HostRecord, standing: HostStanding): Host {
+  const fencing = host.state === 'FENCING' || host.state === 'CUTTING';
   return {
     pool_uuid: host.poolUuid,
     node_id: host.nodeId,
@@ -148,8 +159,14 @@ export function hostToWire(host: HostRecord, waitingFor: string): Host {
     machine_id: host.machineId,
     boot_id: host.bootId,
     fence_reason: host.fence?.reason ?? '',
-    waiting_for: host.state === 'FENCING' || host.state === 'CUTTING' ? waitingFor : '',
+    waiting_for: fencing ? standing.waitingFor : '',
     since_unix_ms: host.sinceUnixMs.toString(),
+    proof: host.proof,
+    machine_off: machineWasOff(host),
+    held_volumes: standing.heldVolumes,
+    needs_confirmation: standing.needsConfirmation,
+    heartbeat_read: standing.heartbeatStillMs !== undefined,
+    heartbeat_still_ms: Math.floor(standing.heartbeatStillMs ?? 0).toString(),
   };
 }
 
