@@ -2,7 +2,7 @@
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 export PATH := $(CURDIR)/.cache/pnpm/node_modules/.bin:$(CURDIR)/.cache/bin:$(PATH)
-.PHONY: help setup native build demo test lint format bench sanitize crash faults tidy clean
+.PHONY: help setup native build demo test lint format bench sanitize crash faults tidy clean images manifests e2e-tools e2e kind-up kind-down
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 12
@@ -41,6 +41,24 @@ faults: build ## Long fault tests: 20 node kills, 20 agent kills under fio verif
 
 bench: build ## fio side by side with the raw disk and qemu-storage-daemon, control plane, memory
 	@node bench/run.mjs
+
+images: build ## The container images as OCI archives in .cache/images, without Docker
+	@node tools/images.mjs --out .cache/images
+
+manifests: ## Render the chart to deploy/kubernetes (helm, or make e2e-tools)
+	@node tools/manifests.mjs
+
+e2e-tools: ## Kubernetes, the CSI sidecars and Helm into ~/.cache/holdfast-e2e (half an hour, once)
+	@tools/e2e-tools.sh
+
+e2e: build e2e-tools ## A three-node Kubernetes on this machine: chart, volumes, snapshots, moves
+	@node test/e2e/run.mjs
+
+kind-up: build ## A three-node kind cluster over a shared loop disk, with Holdfast and a sample (docker, kind, helm)
+	@deploy/kind/up.sh
+
+kind-down: ## Take that cluster away
+	@deploy/kind/down.sh
 
 clean: ## Remove what was built (not the caches)
 	rm -rf native/build native/build-* packages/*/dist native/dist packages/proto/src/gen packages/*/*.tsbuildinfo native/*.tsbuildinfo

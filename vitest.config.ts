@@ -6,7 +6,13 @@ export default defineConfig({
   resolve: { conditions: ['@holdfast/source', 'node'] },
   ssr: { resolve: { conditions: ['@holdfast/source', 'node'] } },
   test: {
-    include: ['packages/*/src/**/*.test.ts', 'packages/*/test/**/*.test.ts', 'native/test/**/*.test.ts'],
+    include: [
+      'packages/*/src/**/*.test.ts',
+      'packages/*/test/**/*.test.ts',
+      'native/test/**/*.test.ts',
+      'charts/test/*.test.ts',
+      'tools/*.test.mjs',
+    ],
     testTimeout: 30_000,
     hookTimeout: 60_000,
     pool: 'forks',

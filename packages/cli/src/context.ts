@@ -1,6 +1,7 @@
 /** What every command shares: the global options and the metadata client. */
 import type { Command } from 'commander';
 import { resolve } from 'node:path';
+import { clientCredentials } from '@holdfast/common';
 import { MetadataApi, metadataEndpoint } from './metadata.ts';
 import type { OutputFormat } from './output.ts';
 
@@ -19,12 +20,22 @@ export function globals(command: Command): GlobalOptions {
 }
 
 export async function withMetadata<T>(command: Command, body: (api: MetadataApi) => Promise<T>): Promise<T> {
-  const api = new MetadataApi(metadataEndpoint(globals(command).metadata));
+  const { metadata } = globals(command);
+  const api = new MetadataApi(metadataEndpoint(metadata), credentialsOfEnvironment());
   try {
     return await body(api);
   } finally {
     api.close();
   }
+}
+
+/** Where the service wants mutual TLS, the certificates come by the environment: a pod has them already set. */
+function credentialsOfEnvironment(): ReturnType<typeof clientCredentials> {
+  return clientCredentials({
+    tlsCa: process.env['HOLDFAST_TLS_CA'],
+    tlsCert: process.env['HOLDFAST_TLS_CERT'],
+    tlsKey: process.env['HOLDFAST_TLS_KEY'],
+  });
 }
 
 /** A path as the person typed it: `pnpm holdfast` runs in the checkout, INIT_CWD is where the person stands. */

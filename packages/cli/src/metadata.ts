@@ -8,7 +8,7 @@ import {
   type Snapshot__Output,
   type Volume__Output,
 } from '@holdfast/proto';
-import { credentials } from '@grpc/grpc-js';
+import { credentials, type ChannelCredentials } from '@grpc/grpc-js';
 import { listDevClusters } from './dev/registry.ts';
 
 /** --metadata, HOLDFAST_METADATA, or the one `holdfast dev up` that runs on this machine. */
@@ -36,9 +36,9 @@ export class MetadataApi {
   readonly #client: MetadataClient;
   readonly endpoint: string;
 
-  constructor(endpoint: string) {
+  constructor(endpoint: string, channelCredentials: ChannelCredentials = credentials.createInsecure()) {
     this.endpoint = endpoint;
-    this.#client = new holdfast.Metadata(grpcTarget(endpoint), credentials.createInsecure(), clientOptions);
+    this.#client = new holdfast.Metadata(grpcTarget(endpoint), channelCredentials, clientOptions);
   }
 
   close(): void {

@@ -4,4 +4,5 @@ export * from './errors.ts';
 export * from './grpc.ts';
 export * from './inflight.ts';
 export * from './log.ts';
+export * from './tls.ts';
 export * from './volume-context.ts';

@@ -1,7 +1,7 @@
 /** The CSI controller as a process: `main.js --endpoint unix:/csi/controller.sock --metadata host:port`. */
 import { hostname } from 'node:os';
 import { Command } from 'commander';
-import { createLogger } from '@holdfast/common';
+import { clientCredentials, createLogger, type TlsFlags } from '@holdfast/common';
 import { startController } from './server.ts';
 
 const logger = createLogger('csi-controller');
@@ -13,6 +13,9 @@ const options = new Command('holdfast-csi-controller')
     process.env['CSI_ENDPOINT'],
   )
   .requiredOption('--metadata <address>', 'host:port of the metadata service')
+  .option('--tls-ca <file>', 'certificate authority of the metadata service')
+  .option('--tls-cert <file>', "this controller's certificate")
+  .option('--tls-key <file>', 'its private key')
   .option('--kubernetes', 'move pods off nodes that died, after fencing them (docs/kubernetes-safety.md)')
   .option('--kubeconfig <file>', 'how to reach the API server; without it: as a pod, by its service account')
   .option(
@@ -24,23 +27,27 @@ const options = new Command('holdfast-csi-controller')
   .option('--identity <name>', 'of this replica', process.env['POD_NAME'] ?? hostname())
   .option('--no-out-of-service', 'never set the out-of-service taint, also with proof that a machine is off')
   .parse()
-  .opts<{
-    endpoint: string;
-    metadata: string;
-    kubernetes?: true;
-    kubeconfig?: string;
-    namespace: string;
-    leaseName: string;
-    identity: string;
-    outOfService: boolean;
-  }>();
+  .opts<
+    {
+      endpoint: string;
+      metadata: string;
+      kubernetes?: true;
+      kubeconfig?: string;
+      namespace: string;
+      leaseName: string;
+      identity: string;
+      outOfService: boolean;
+    } & TlsFlags
+  >();
 
 try {
-  const { endpoint, metadata, kubernetes, ...safety } = options;
+  const { endpoint, metadata, kubernetes, tlsCa, tlsCert, tlsKey, ...safety } = options;
+  const metadataCredentials = clientCredentials({ tlsCa, tlsCert, tlsKey });
   const running = await startController({
     endpoint,
     metadata,
     logger,
+    ...(metadataCredentials === undefined ? {} : { metadataCredentials }),
     ...(kubernetes === undefined ? {} : { kubernetes: safety }),
   });
   for (const signal of ['SIGINT', 'SIGTERM'] as const) {

@@ -136,11 +136,26 @@ const refusedFlags: Record<string, string> = {
   'errors=continue': 'errors that are not reported become lost data',
 };
 
+/** An SELinux label has commas, so it comes in quotes: what the kubelet passes where the CSIDriver says seLinuxMount. */
+const selinuxOption = /^(context|fscontext|defcontext|rootcontext)="[A-Za-z0-9_.:,-]+"$/;
+
+/** At commas, but not at those in quotes. */
+function optionsIn(flag: string): string[] {
+  const options = [''];
+  let quoted = false;
+  for (const character of flag) {
+    if (character === '"') quoted = !quoted;
+    if (character === ',' && !quoted) options.push('');
+    else options[options.length - 1] += character;
+  }
+  return options;
+}
+
 /** @throws INVALID_ARGUMENT for malformed, conflicting or refused options. */
 export function checkMountFlags(flags: readonly string[]): void {
-  const given = flags.flatMap((flag) => flag.split(','));
+  const given = flags.flatMap(optionsIn);
   for (const flag of given) {
-    if (!/^[A-Za-z0-9_.:=@%+/-]+$/.test(flag)) {
+    if (!/^[A-Za-z0-9_.:=@%+/-]+$/.test(flag) && !selinuxOption.test(flag)) {
       throw new HoldfastError(
         'INVALID_ARGUMENT',
         `Mount option "${flag}" is empty or has characters that no mount option has. Correct mountOptions in the StorageClass.`,
@@ -177,6 +192,4 @@ export function checkMountFlags(flags: readonly string[]): void {
 }
 
 /** Every option once, in order. */
-export const splitMountFlags = (flags: readonly string[]): string[] => [
-  ...new Set(flags.flatMap((flag) => flag.split(','))),
-];
+export const splitMountFlags = (flags: readonly string[]): string[] => [...new Set(flags.flatMap(optionsIn))];

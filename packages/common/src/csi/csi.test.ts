@@ -1,6 +1,6 @@
 import type { Csi } from '@holdfast/proto';
 import { describe, expect, it } from 'vitest';
-import { checkMountFlags, readCapability } from './capability.ts';
+import { checkMountFlags, readCapability, splitMountFlags } from './capability.ts';
 import { poolsOfTopology, poolTopology } from './driver.ts';
 import {
   formatHandle,
@@ -135,6 +135,16 @@ describe('checkMountFlags', () => {
         'inode64',
       ]),
     ).not.toThrow();
+  });
+
+  it('takes the SELinux label that the kubelet passes in quotes as one option', () => {
+    const label = 'context="system_u:object_r:container_file_t:s0:c10,c20"';
+    expect(() => checkMountFlags(['noatime', label])).not.toThrow();
+    expect(splitMountFlags(['noatime,ro', label])).toEqual(['noatime', 'ro', label]);
+    expect(() => checkMountFlags(['context="a b"'])).toThrow(/empty or has characters/);
+    expect(() => checkMountFlags(['context="a,nobarrier'])).toThrow(/empty or has characters/);
+    expect(() => checkMountFlags(['subvol="a"'])).toThrow(/empty or has characters/);
+    expect(() => checkMountFlags([label, 'context="other"'])).toThrow(/contradict/);
   });
 
   it('refuses contradictions, what would lose data, and what is no option', () => {

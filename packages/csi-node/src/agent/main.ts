@@ -1,14 +1,12 @@
 #!/usr/bin/env node
 /** The agent process: flags, signals, start. What it does is in agent.ts. */
-import { readFileSync } from 'node:fs';
-import { createLogger, HoldfastError } from '@holdfast/common';
+import { clientCredentials, createLogger, type TlsFlags } from '@holdfast/common';
 import { native } from '@holdfast/native';
-import { credentials, type ChannelCredentials } from '@grpc/grpc-js';
 import { Command, InvalidArgumentError } from 'commander';
 import { agentVersion, startAgent } from './agent.ts';
 import { loadIdentity } from './identity.ts';
 
-interface Flags {
+interface Flags extends TlsFlags {
   stateDir: string;
   socket: string;
   keeper: string;
@@ -21,9 +19,6 @@ interface Flags {
   workers?: number;
   machineId?: string;
   bootId?: string;
-  tlsCa?: string;
-  tlsCert?: string;
-  tlsKey?: string;
 }
 
 function positive(text: string): number {
@@ -31,19 +26,6 @@ function positive(text: string): number {
   if (!Number.isSafeInteger(value) || value < 1)
     throw new InvalidArgumentError('Give a whole number above 0.');
   return value;
-}
-
-function tls(flags: Flags): ChannelCredentials | undefined {
-  if (flags.tlsCa === undefined && flags.tlsCert === undefined && flags.tlsKey === undefined)
-    return undefined;
-  if (flags.tlsCa === undefined || flags.tlsCert === undefined || flags.tlsKey === undefined) {
-    throw new HoldfastError('INVALID_ARGUMENT', 'TLS needs all of --tls-ca, --tls-cert and --tls-key.');
-  }
-  return credentials.createSsl(
-    readFileSync(flags.tlsCa),
-    readFileSync(flags.tlsKey),
-    readFileSync(flags.tlsCert),
-  );
 }
 
 const command = new Command('holdfast-agent')
@@ -84,7 +66,7 @@ async function main(): Promise<void> {
     logger.fatal({ err: reason }, 'The agent stops; the next one takes its volumes over');
     process.exit(1);
   });
-  const channelCredentials = tls(flags);
+  const channelCredentials = clientCredentials(flags);
   const agent = await startAgent({
     stateDir: flags.stateDir,
     socket: flags.socket,

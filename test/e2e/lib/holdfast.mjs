@@ -1,0 +1,178 @@
+// Holdfast in a test cluster: a pool on the shared disk, the chart by the real helm, and the objects that specs are made of.
+import { join } from 'node:path';
+import { writeFileSync } from 'node:fs';
+import { run, until } from './shell.mjs';
+import { top } from './tools.mjs';
+
+export const namespace = 'holdfast-system';
+export const testImage = 'holdfast.test/busybox:1';
+const metadataAddress = '10.96.0.40';
+
+export class Holdfast {
+  #cluster;
+  #device;
+  #directory;
+
+  constructor(cluster, device, directory) {
+    this.#cluster = cluster;
+    this.#device = device;
+    this.#directory = directory;
+  }
+
+  // ------------------------------------------------------------------------------------------ chart
+
+  async install() {
+    await run(process.execPath, [join(top, 'packages/cli/dist/main.js'), 'pool', 'format', this.#device, '--name', 'e2e', '--fencing', 'loop']);
+    await this.#cluster.kubectl(['label', 'node', 'node-1', 'holdfast.io/metadata=true']);
+    await this.helm('install', '--create-namespace');
+    await until(
+      'every node to know the pool',
+      async () => {
+        const { items } = await this.#cluster.get('csinodes');
+        const ready = items.filter((node) => node.spec.drivers?.some((driver) => driver.name === 'csi.holdfast.io' && (driver.topologyKeys ?? []).length > 0));
+        return ready.length === this.#cluster.nodes.length;
+      },
+      { timeoutMs: 60_000 },
+    );
+  }
+
+  /** `helm install` or `helm upgrade`, with the values of these tests. */
+  async helm(action, ...more) {
+    const values = join(this.#directory, 'values.json');
+    writeFileSync(values, JSON.stringify(this.values()));
+    await this.#cluster.helm(
+      [action, 'holdfast', join(top, 'charts/holdfast'), '--namespace', namespace, '--values', values, '--wait', '--timeout', '150s', ...more],
+      { timeoutMs: 170_000 },
+    );
+  }
+
+  values() {
+    const sidecar = (name) => ({ image: `holdfast.test/${name}:1` });
+    return {
+      image: { registry: 'ghcr.io/holdfast', tag: 'e2e', pullPolicy: 'Never' },
+      // No DNS in this cluster.
+      metadataService: { address: `${metadataAddress}:7440`, service: { clusterIP: metadataAddress } },
+      controller: { replicas: 1 },
+      sidecars: {
+        provisioner: sidecar('csi-provisioner'),
+        attacher: sidecar('csi-attacher'),
+        resizer: sidecar('csi-resizer'),
+        snapshotter: sidecar('csi-snapshotter'),
+        registrar: sidecar('registrar-stand-in'),
+        livenessprobe: sidecar('livenessprobe-stand-in'),
+      },
+      snapshotController: { enabled: true, replicas: 1, image: 'holdfast.test/snapshot-controller:1' },
+      node: { devices: [this.#device], workers: 2 },
+      storageClasses: [
+        { name: 'holdfast', fsType: 'ext4' },
+        { name: 'holdfast-xfs', fsType: 'xfs' },
+        { name: 'holdfast-btrfs', fsType: 'btrfs' },
+        { name: 'holdfast-now', fsType: 'ext4', volumeBindingMode: 'Immediate' },
+      ],
+    };
+  }
+
+  async uninstall() {
+    await until('all volumes to be gone', async () => (await this.cli('volume', 'list')).length === 0, { timeoutMs: 30_000, everyMs: 1000 });
+    await this.#cluster.helm(['uninstall', 'holdfast', '--namespace', namespace, '--wait', '--timeout', '90s'], { timeoutMs: 100_000 });
+  }
+
+  /** `holdfast …` in an agent's pod; what it prints as JSON. */
+  async cli(...words) {
+    const said = await this.#cluster.kubectl(['exec', '--namespace', namespace, 'daemonset/holdfast-node', '--container', 'agent', '--', 'holdfast', ...words, '--output', 'json']);
+    return JSON.parse(said);
+  }
+
+  /** What a person would look at first. */
+  async explain() {
+    const look = async (...args) => console.log((await this.#cluster.kubectl(args).catch((error) => error.message)).replace(/^/gm, '      '));
+    await look('get', 'pods', '--all-namespaces', '-o', 'wide');
+    await look('get', 'pvc,pv,volumeattachments');
+    await look('get', 'events', '--all-namespaces', '--field-selector', 'type=Warning', '--sort-by', '.lastTimestamp');
+    for (const component of ['controller', 'metadata', 'node', 'keeper']) {
+      await look('logs', '--namespace', namespace, '--selector', `app.kubernetes.io/component=${component}`, '--all-containers', '--prefix', '--tail', '15');
+    }
+  }
+
+  // ------------------------------------------------------------------------------------------ objects
+
+  async claim(name, { storageClass = 'holdfast', size = '1Gi', mode = 'Filesystem', accessMode = 'ReadWriteOnce', source } = {}) {
+    await this.#cluster.apply({
+      apiVersion: 'v1',
+      kind: 'PersistentVolumeClaim',
+      metadata: { name, namespace: 'default' },
+      spec: {
+        accessModes: [accessMode],
+        storageClassName: storageClass,
+        volumeMode: mode,
+        resources: { requests: { storage: size } },
+        ...(source === undefined ? {} : { dataSource: source }),
+      },
+    });
+  }
+
+  /** A pod that sleeps with the claim at /data (or as /dev/data), running. */
+  async pod(name, claim, { node, block = false, securityContext, readOnly = false } = {}) {
+    await this.#cluster.apply({
+      apiVersion: 'v1',
+      kind: 'Pod',
+      metadata: { name, namespace: 'default' },
+      spec: {
+        ...(node === undefined ? {} : { nodeSelector: { 'kubernetes.io/hostname': node } }),
+        ...(securityContext === undefined ? {} : { securityContext }),
+        automountServiceAccountToken: false,
+        terminationGracePeriodSeconds: 1,
+        containers: [
+          {
+            name: 'main',
+            image: testImage,
+            imagePullPolicy: 'Never',
+            command: ['sleep', '100000'],
+            ...(block ? { volumeDevices: [{ name: 'data', devicePath: '/dev/data' }] } : { volumeMounts: [{ name: 'data', mountPath: '/data' }] }),
+          },
+        ],
+        volumes: [{ name: 'data', persistentVolumeClaim: { claimName: claim, readOnly } }],
+      },
+    });
+    await until(
+      `pod ${name} to run`,
+      async () => {
+        const { status } = await this.#cluster.get('pod', name);
+        return status.phase === 'Running' && status.containerStatuses?.every((container) => container.ready);
+      },
+      { timeoutMs: 90_000 },
+    );
+  }
+
+  /** Runs a shell command in a pod; its stdout, trimmed. */
+  async sh(pod, script, options) {
+    return (await this.#cluster.kubectl(['exec', pod, '--', 'sh', '-c', script], options)).trim();
+  }
+
+  async deletePod(...names) {
+    await this.#cluster.kubectl(['delete', 'pod', ...names, '--timeout', '60s'], { timeoutMs: 70_000 });
+  }
+
+  async deleteClaims(...names) {
+    await this.#cluster.kubectl(['delete', 'pvc', ...names, '--timeout', '60s'], { timeoutMs: 70_000 });
+    await until('the volumes of deleted claims to go', async () => {
+      const { items } = await this.#cluster.get('pv');
+      return !items.some((pv) => names.includes(pv.spec.claimRef?.name));
+    });
+  }
+
+  async snapshot(name, claim) {
+    await this.#cluster.apply({
+      apiVersion: 'snapshot.storage.k8s.io/v1',
+      kind: 'VolumeSnapshot',
+      metadata: { name, namespace: 'default' },
+      spec: { volumeSnapshotClassName: 'holdfast', source: { persistentVolumeClaimName: claim } },
+    });
+    await until(`snapshot ${name} to be ready`, async () => (await this.#cluster.get('volumesnapshot', name)).status?.readyToUse === true, { timeoutMs: 60_000 });
+  }
+
+  async deleteSnapshot(name) {
+    await this.#cluster.kubectl(['delete', 'volumesnapshot', name, '--timeout', '60s'], { timeoutMs: 70_000 });
+  }
+}
+

@@ -1,0 +1,61 @@
+// The first process inside the lab's namespaces: brings the cluster up, runs the specs one after another, writes the report. Whatever
+// becomes of it, the processes of the cluster end with it.
+import { mkdirSync, readFileSync, renameSync, writeFileSync } from 'node:fs';
+import { execFileSync } from 'node:child_process';
+import { join } from 'node:path';
+import { Cluster } from './cluster.mjs';
+import { Holdfast } from './holdfast.mjs';
+import { specs } from '../specs/index.mjs';
+
+const { directory, device, images, report, only } = JSON.parse(process.argv[2]);
+
+const state = { passed: 0, failed: 0, unfinished: true };
+function save() {
+  writeFileSync(`${report}.new`, JSON.stringify(state));
+  renameSync(`${report}.new`, report);
+}
+
+function tail(file, lines) {
+  try {
+    return readFileSync(file, 'utf8').trimEnd().split('\n').slice(-lines).join('\n');
+  } catch {
+    return '(no log)';
+  }
+}
+
+async function attempt(name, body) {
+  const started = performance.now();
+  try {
+    await body();
+    state.passed += 1;
+    console.log(`ok    ${name} (${((performance.now() - started) / 1000).toFixed(1)} s)`);
+    return true;
+  } catch (error) {
+    state.failed += 1;
+    console.log(`FAIL  ${name} (${((performance.now() - started) / 1000).toFixed(1)} s)\n${error.message.replace(/^/gm, '      ')}`);
+    return false;
+  } finally {
+    save();
+  }
+}
+
+execFileSync('mount', ['-t', 'tmpfs', 'tmpfs', '/run']);
+mkdirSync('/run/lab');
+const cluster = new Cluster(directory, images);
+const holdfast = new Holdfast(cluster, device, directory);
+process.once('SIGTERM', () => process.exit(143));
+const isUp = await attempt('a cluster of three nodes comes up', () => cluster.up(3));
+if (!isUp) for (const name of ['kube-apiserver', 'node-1']) console.log(tail(join(cluster.logDirectory, `${name}.log`), 20));
+if (isUp && (await attempt('the chart installs with helm, and all its pods are ready', () => holdfast.install()))) {
+  for (const { name, body } of specs) {
+    if (!new RegExp(only).test(name)) continue;
+    if (!(await attempt(name, () => body({ cluster, holdfast })))) await holdfast.explain();
+  }
+  await attempt('helm uninstalls the chart, and no volume is left open', () => holdfast.uninstall());
+} else {
+  await holdfast.explain().catch(() => undefined);
+}
+state.unfinished = false;
+save();
+cluster.down();
+process.exit(0);

@@ -1,0 +1,45 @@
+// Replacing pods of Holdfast under I/O.
+import assert from 'node:assert/strict';
+import { namespace } from '../lib/holdfast.mjs';
+import { sleep } from '../lib/shell.mjs';
+
+/** Writes numbered blocks with fsync, one line in a log of the pod's own disk for each, until it is told to stop or fails. */
+const writer = `i=0; while test ! -e /tmp/stop; do
+  echo block-$i | dd of=/data/writes bs=4096 seek=$((i % 1000)) conv=fsync,notrunc 2>/tmp/error || { echo failed $i >/tmp/result; exit 1; }
+  i=$((i + 1)); echo $i >/tmp/count
+done; echo done $i >/tmp/result`;
+
+export const upgradeSpecs = [
+  {
+    name: 'helm upgrade with the same values keeps the certificates and restarts nothing',
+    body: async ({ cluster, holdfast }) => {
+      const look = async () => {
+        const secrets = await cluster.get('secrets', '--namespace', namespace, '--field-selector', 'type=kubernetes.io/tls');
+        const pods = await cluster.get('pods', '--namespace', namespace);
+        return { certificates: secrets.items.map(({ metadata, data }) => [metadata.name, data]), pods: pods.items.map(({ metadata }) => metadata.uid).toSorted() };
+      };
+      const before = await look();
+      assert.equal(before.certificates.length, 4);
+      await holdfast.helm('upgrade');
+      assert.deepEqual(await look(), before);
+    },
+  },
+  {
+    name: 'a rollout of the node DaemonSet pauses the I/O of an open volume and fails none of it',
+    body: async ({ cluster, holdfast }) => {
+      await holdfast.claim('rollout');
+      await holdfast.pod('rollout', 'rollout', { node: 'node-2' });
+      await holdfast.sh('rollout', `(${writer}) >/dev/null 2>&1 &`);
+      await sleep(2000);
+      await cluster.kubectl(['rollout', 'restart', 'daemonset/holdfast-node', '--namespace', namespace]);
+      await cluster.kubectl(['rollout', 'status', 'daemonset/holdfast-node', '--namespace', namespace, '--timeout', '150s'], { timeoutMs: 160_000 });
+      const before = Number(await holdfast.sh('rollout', 'cat /tmp/count'));
+      await sleep(2000);
+      const after = Number(await holdfast.sh('rollout', 'cat /tmp/count'));
+      assert.ok(after > before, `writes stand still at ${after}`);
+      assert.match(await holdfast.sh('rollout', 'touch /tmp/stop; while test ! -e /tmp/result; do sleep 1; done; cat /tmp/result'), /^done \d+$/);
+      await holdfast.deletePod('rollout');
+      await holdfast.deleteClaims('rollout');
+    },
+  },
+];

@@ -1,0 +1,101 @@
+// Claims and pods: writing, moving, file systems, raw block, growth, groups of pods.
+import assert from 'node:assert/strict';
+import { until } from '../lib/shell.mjs';
+
+/** Writes 16 MiB of noise and gives its digest. */
+const writeFile = (holdfast, pod, path) => holdfast.sh(pod, `dd if=/dev/urandom of=${path} bs=1M count=16 conv=fsync 2>/dev/null && sha256sum < ${path}`);
+const digest = (holdfast, pod, path) => holdfast.sh(pod, `sha256sum < ${path}`);
+
+function movesWith(storageClass, fsType) {
+  return {
+    name: `a claim of ${storageClass} becomes a volume with ${fsType} whose data is there after its pod moved to another node`,
+    body: async ({ holdfast }) => {
+      const name = `move-${fsType}`;
+      await holdfast.claim(name, { storageClass });
+      await holdfast.pod(`${name}-a`, name, { node: 'node-2' });
+      assert.match(await holdfast.sh(`${name}-a`, 'grep " /data " /proc/mounts'), new RegExp(` ${fsType} `));
+      const written = await writeFile(holdfast, `${name}-a`, '/data/file');
+      await holdfast.deletePod(`${name}-a`);
+      await holdfast.pod(`${name}-b`, name, { node: 'node-3' });
+      assert.equal(await digest(holdfast, `${name}-b`, '/data/file'), written);
+      await holdfast.deletePod(`${name}-b`);
+      await holdfast.deleteClaims(name);
+    },
+  };
+}
+
+export const volumeSpecs = [
+  movesWith('holdfast', 'ext4'),
+  movesWith('holdfast-xfs', 'xfs'),
+  movesWith('holdfast-btrfs', 'btrfs'),
+  {
+    name: 'a raw block volume reads back on another node what was written to it, and zeros where nothing was',
+    body: async ({ holdfast }) => {
+      await holdfast.claim('raw', { mode: 'Block', size: '256Mi' });
+      await holdfast.pod('raw-a', 'raw', { node: 'node-1', block: true });
+      assert.equal(await holdfast.sh('raw-a', 'blockdev --getsize64 /dev/data'), String(256 << 20));
+      const written = await holdfast.sh('raw-a', 'dd if=/dev/urandom of=/dev/data bs=1M seek=100 count=8 conv=fsync 2>/dev/null; dd if=/dev/data bs=1M skip=100 count=8 2>/dev/null | sha256sum');
+      await holdfast.deletePod('raw-a');
+      await holdfast.pod('raw-b', 'raw', { node: 'node-2', block: true });
+      assert.equal(await holdfast.sh('raw-b', 'dd if=/dev/data bs=1M skip=100 count=8 2>/dev/null | sha256sum'), written);
+      assert.equal(await holdfast.sh('raw-b', 'dd if=/dev/data bs=1M count=8 2>/dev/null | tr -d "\\0" | wc -c'), '0');
+      await holdfast.deletePod('raw-b');
+      await holdfast.deleteClaims('raw');
+    },
+  },
+  {
+    name: 'a volume grows while its pod writes to it',
+    body: async ({ cluster, holdfast }) => {
+      await holdfast.claim('grow', { storageClass: 'holdfast-xfs', size: '1Gi' });
+      await holdfast.pod('grow', 'grow');
+      const before = Number(await holdfast.sh('grow', 'df -k /data | tail -n 1 | tr -s " " | cut -d " " -f 2'));
+      const written = await writeFile(holdfast, 'grow', '/data/file');
+      await cluster.kubectl(['patch', 'pvc', 'grow', '--patch', '{"spec":{"resources":{"requests":{"storage":"3Gi"}}}}']);
+      await until('the file system to grow', async () => Number(await holdfast.sh('grow', 'df -k /data | tail -n 1 | tr -s " " | cut -d " " -f 2')) > before * 2.5, { timeoutMs: 90_000, everyMs: 1000 });
+      assert.equal((await cluster.get('pvc', 'grow')).status.capacity.storage, '3Gi');
+      assert.equal(await digest(holdfast, 'grow', '/data/file'), written);
+      await holdfast.deletePod('grow');
+      await holdfast.deleteClaims('grow');
+    },
+  },
+  {
+    name: 'a pod that is not root writes by its fsGroup',
+    body: async ({ holdfast }) => {
+      await holdfast.claim('group');
+      await holdfast.pod('group', 'group', { securityContext: { runAsUser: 1234, runAsGroup: 1234, fsGroup: 5678 } });
+      await holdfast.sh('group', 'echo mine > /data/file');
+      assert.equal(await holdfast.sh('group', 'stat -c %u:%g /data/file'), '1234:5678');
+      await holdfast.deletePod('group');
+      await holdfast.deleteClaims('group');
+    },
+  },
+  {
+    name: 'a ReadWriteOnce volume that runs on one node starts on no other, and does when its pod is gone',
+    body: async ({ cluster, holdfast }) => {
+      await holdfast.claim('once');
+      await holdfast.pod('once-a', 'once', { node: 'node-1' });
+      await holdfast.sh('once-a', 'echo first > /data/file && sync');
+      const second = holdfast.pod('once-b', 'once', { node: 'node-2' });
+      second.catch(() => undefined);
+      await until('the second attachment to be refused', async () => {
+        const { items } = await cluster.get('events', '--field-selector', 'involvedObject.name=once-b,type=Warning');
+        return items.some(({ reason }) => reason === 'FailedAttachVolume' || reason === 'FailedMount');
+      });
+      assert.equal(await holdfast.sh('once-a', 'cat /data/file'), 'first');
+      await holdfast.deletePod('once-a');
+      await second;
+      assert.equal(await holdfast.sh('once-b', 'cat /data/file'), 'first');
+      await holdfast.deletePod('once-b');
+      await holdfast.deleteClaims('once');
+    },
+  },
+  {
+    name: 'storage capacity is published for each class, so that the scheduler sees how much room a pool has',
+    body: async ({ cluster }) => {
+      await until('CSIStorageCapacity objects', async () => {
+        const { items } = await cluster.get('csistoragecapacities', '--all-namespaces');
+        return items.some(({ storageClassName, capacity }) => storageClassName === 'holdfast' && capacity !== undefined && capacity !== '0');
+      });
+    },
+  },
+];
