@@ -748,7 +748,7 @@ function merge(disk: FakeDisk, order: NonNullable<Order__Output['merge_layers']>
       generation: BigInt(run.generation),
     })),
   );
-  const roomy = (): (typeof slabs)[number] | undefined =>
+  const roomy = (): { slab: number; generation: bigint } | undefined =>
     slabs.find(({ slab }) => (disk.pages.get(slab)?.blocks?.size ?? 0) < 2);
   let moved = 0;
   let noSpace = false;
