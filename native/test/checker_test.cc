@@ -255,12 +255,14 @@ TEST_F(CheckerTest, CopiesThatDifferAreDamageOnlyAfterACleanClose) {
   EXPECT_TRUE(check().findings.empty()) << "closed, but not cleanly";
 }
 
-TEST_F(CheckerTest, AFrozenLayersCopiesMayDifferUntilItIsSettledAndAfterThatByStrippingOnly) {
+TEST_F(CheckerTest, AFrozenLayersCopiesMayDifferUntilItIsSettledAndAfterThatByStrippingOrMergingOnly) {
   write_slab(3, 1, mapped(30, 40, {10, 500, 501}), 6);
   EXPECT_TRUE(check().findings.empty()) << "a crash right after the cut leaves this";
   format::LayerRecord settled = layer_record(30, 0, 40, LayerState::kFrozen);
   settled.header.flags = format::kLayerSettled;
   ASSERT_OK(write_layer_record(device, s, 1, settled));
+  EXPECT_TRUE(finds("slab-copies-differ", Severity::kInfo, "being merged into it")) << "the newer copy only has more";
+  write_slab(3, 1, mapped(30, 40, {10, 501}), 6);
   EXPECT_TRUE(finds("slab-copies-differ", Severity::kWarning, "its layer is frozen"));
   SlabPage stripped = mapped(30, 40, {10, 500});
   stripped.entries[0].data = 0x000f;
