@@ -662,6 +662,46 @@ TEST(DataHazard, AClaimThatIsMadeAgainLeavesOneCopyWhole) {
   EXPECT_TRUE(bench.reads(0, kBlock, 3));
 }
 
+// The sectors that a torn page lacks may be the same in the next page written to that copy.
+TEST(DataHazard, ATornCopyIsNotMadeWholeByAnotherTornWrite) {
+  Bench bench(64 * kMiB, 1, 21);
+  // The next page that goes to slab 0 gets no further than one half of it, on either side of its first 512 bytes.
+  const auto tear_next = [&](bool first_sector) {
+    bench.errors.set_judge([&bench, first_sector](const IoRequest& request) {
+      const bool page = request.offset >= bench.page_address(0, 0) && request.offset <= bench.page_address(0, 1);
+      if (request.op != IoOp::kWrite || !page) return ErrorDevice::Verdict{};
+      std::vector<std::byte> torn(kBlock);
+      bench.raw_read(request.offset, torn.data(), kBlock);
+      const size_t at = first_sector ? 0 : 512;
+      std::memcpy(torn.data() + at, static_cast<std::byte*>(request.iov[0].iov_base) + at,
+                  first_sector ? 512 : kBlock - 512);
+      bench.raw_write(request.offset, torn.data(), kBlock);
+      return ErrorDevice::Verdict{EIO, false};
+    });
+    EXPECT_EQ(bench.flush(), EIO);
+    bench.errors.set_judge(nullptr);
+    bench.cut_power();
+    bench.next_grant();
+  };
+  ASSERT_TRUE(bench.open().ok());
+  ASSERT_EQ(bench.write(0, kBlock, 1), 0);
+  ASSERT_EQ(bench.flush(), 0);
+  // Chunk 1 is described in the page's first sector, chunk 60 in the second.
+  ASSERT_EQ(bench.write(kChunk, kBlock, 2), 0);
+  ASSERT_EQ(bench.write(60 * kChunk, kBlock, 3), 0);
+  tear_next(true);
+  ASSERT_TRUE(bench.open().ok());
+  EXPECT_TRUE(bench.reads(kChunk, kBlock, 0));
+  // Chunk 60 again, and another chunk where chunk 1 was.
+  ASSERT_EQ(bench.write(60 * kChunk, kBlock, 4), 0);
+  ASSERT_EQ(bench.write(200 * kChunk, kBlock, 5), 0);
+  tear_next(false);
+  ASSERT_TRUE(bench.open().ok());
+  EXPECT_TRUE(bench.reads(0, kBlock, 1));
+  EXPECT_TRUE(bench.reads(kChunk, kBlock, 0));
+  EXPECT_TRUE(bench.reads(60 * kChunk, kBlock, 0));
+}
+
 // Killed while the second copy of a claim was on its way: it may be in the device's cache only.
 TEST(DataHazard, AClaimThatWasCutOffIsMadeAgainBeforeDataGoesIn) {
   Bench bench(kMiB, 1);

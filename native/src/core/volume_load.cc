@@ -198,6 +198,9 @@ void VolumeOpener::have_pair(const Granted& granted, const SlabPage& a, const Sl
                         std::to_string((uint64_t{high} + 1) * format::kChunkSize) + " of the volume"));
   }
   if (half_claimed) return keep_unclaimed(granted);
+  if (other_state == PageState::kBadCrc && granted.layer == 0 && !spec_.read_only) {
+    torn_.push_back(address + (copies.newest == 0 ? kPageSize : 0));
+  }
   load(granted, *newest, copies, other_current ? &other : nullptr,
        has_image ? &environment_.arena->image(image->second.slot) : nullptr,
        has_image ? image->second.slot : PageArena::kNone);
@@ -336,6 +339,28 @@ void VolumeOpener::have_pages() {
   if (!failure_.ok()) return refuse(failure_.code, std::move(failure_.message));
   if (!bad_slabs_.empty()) return refuse(Code::kCorrupt, bad_slabs_text());
   if (!settle_twice()) return refuse(failure_.code, std::move(failure_.message));
+  blot_torn(0);
+}
+
+// A torn copy is not dead: it lacks some sectors of a page that was never durable, and those of the next page written
+// over it may be the very same. Torn in its turn, that write would make the lost page whole, newer than the one that
+// serves, and it may map chunks that have another use by now. So before anything else such a copy becomes one that
+// shares no sector with any page: the magic, so that it counts as torn still, then all ones, which is neither an entry
+// nor a hole range nor anything in a header.
+void VolumeOpener::blot_torn(int error) {
+  if (error != 0) {
+    return refuse(Code::kIo, "a torn copy of a slab's page can't be written over " + errno_text(error) +
+                                 "; check the pool's device");
+  }
+  if (torn_.empty()) return pages_settled();
+  const uint64_t address = torn_.back();
+  torn_.pop_back();
+  std::memset(pages_.data(), 0xff, kPageSize);
+  std::memcpy(pages_.data(), &format::kMagicSlab, sizeof format::kMagicSlab);
+  submit(IoOp::kWrite, address, 1, 0, &VolumeOpener::blot_torn);
+}
+
+void VolumeOpener::pages_settled() {
   for (const auto& [slab, image] : images_) environment_.arena->release(image.slot);
   images_.clear();
   granted_.clear();

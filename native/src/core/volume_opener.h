@@ -106,6 +106,8 @@ class VolumeOpener {
 
   // ---- everything has been read
   void have_pages();
+  void blot_torn(int error);
+  void pages_settled();
   void first_flush_done(int error);
   void serve();
   std::string bad_slabs_text() const;
@@ -144,6 +146,7 @@ class VolumeOpener {
   size_t next_ = 0;
   std::vector<std::string> bad_slabs_;
   std::vector<Twice> twice_;
+  std::vector<uint64_t> torn_;  // addresses of copies in the top layer that fail their checksum; the other one serves
   FlushWaiter first_flush_;
   Status failure_;
   Status result_;
