@@ -262,6 +262,9 @@ describe('a slab that was claimed and emptied around a cut, before its claim was
     await expect(node.ask('ReturnSlabs', disk, { emptied: [claim] })).rejects.toMatchObject({
       code: 'STALE',
     });
+    await expect(node.ask('ReportSlabs', disk, { claimed: [claim] })).rejects.toMatchObject({
+      code: 'STALE',
+    });
   });
 });
 

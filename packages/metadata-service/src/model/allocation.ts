@@ -82,7 +82,8 @@ export function reportSlabs(
     const fresh = mine.filter((claim) => !layerHas(d.tx, pool, layerId, claim.slab, claim.generation));
     if (fresh.length === 0) continue;
     // The cut named every slab of the layer that had anything: these were empty by then, and are given back soon.
-    if (froze(d, pool, life, layerId)) continue;
+    const held = aheadOf(d.tx, pool, life);
+    if (froze(d, pool, life, layerId) && fresh.every((claim) => isAhead(held, claim))) continue;
     if (!isTop(d, pool, life, layerId)) misfits.push(notTop(pool, life, layerId));
     else if (!claimAhead(d.tx, pool, life, layerId, runsOf(fresh))) {
       misfits.push(`${life.nodeId} does not hold all of the slabs that it reports for layer ${layerId}`);
@@ -111,9 +112,7 @@ export function reconcileClaims(
   for (const [layerId, mine] of byLayer(claims)) {
     const held = aheadOf(d.tx, pool, life);
     const fresh = mine.filter((claim) => !layerHas(d.tx, pool, layerId, claim.slab, claim.generation));
-    const fitting = isTopOf(d, volume, layerId)
-      ? fresh.filter((claim) => findRun(held, claim.slab)?.generation === claim.generation)
-      : [];
+    const fitting = isTopOf(d, volume, layerId) ? fresh.filter((claim) => isAhead(held, claim)) : [];
     misfits += fresh.length - fitting.length;
     if (fitting.length > 0 && !claimAhead(d.tx, pool, life, layerId, runsOf(fitting)))
       misfits += fitting.length;
@@ -146,6 +145,10 @@ function notTop(pool: PoolRecord, life: HostLife, layerId: bigint): string {
     `layer ${layerId} of pool ${pool.name} is not the top of a volume that ${life.nodeId} (generation ` +
     `${life.generation}) holds`
   );
+}
+
+function isAhead(held: readonly SlabRun[], { slab, generation }: Claim): boolean {
+  return findRun(held, slab)?.generation === generation;
 }
 
 function byLayer(claims: readonly Claim[]): Map<bigint, Claim[]> {
