@@ -60,8 +60,10 @@ export class Operations {
   readonly #onCut: (seconds: number) => void;
   readonly #onCompact: (run: CompactionRun) => void;
   #nextReclaimMs = 0;
-  /** When the last look at what may be reclaimed ended, and ten times as long as it took. */
-  #lastLook = { endMs: 0, restMs: 0 };
+  /** A layer went since the last look, and what it stood on may go: the next look is as soon as the last one has been rested from. */
+  #goesOn = false;
+  /** Ten times as long as it took after the last look at what may be reclaimed. */
+  #restedMs = 0;
   #sweeper: Promise<void> | undefined;
 
   constructor(core: Core, sessions: Sessions, options: OperationsOptions = {}) {
@@ -114,8 +116,8 @@ export class Operations {
       } catch (error) {
         this.#core.logger.error({ err: error }, 'Looking for unfinished operations failed');
       }
-      const reclaimInMs = this.#nextReclaimMs - this.#core.clock.monotonicMs();
-      await this.#core.nextChange(Math.min(sweepIntervalMs, Math.max(settleMs, reclaimInMs)));
+      const restMs = Math.max(settleMs, this.#restedMs - this.#core.clock.monotonicMs());
+      await this.#core.nextChange(this.#goesOn ? Math.min(sweepIntervalMs, restMs) : sweepIntervalMs);
       // Many changes at once are one look.
       await this.#core.clock.sleep(settleMs, stopped.signal);
     }
@@ -185,18 +187,13 @@ export class Operations {
       );
     }
     for (const uuid of found.deleting) this.#ensure(`wipe ${uuid}`, () => wipeVolume(core, sessions, uuid));
-    if (core.clock.monotonicMs() < this.#nextReclaimMs) return;
-    this.#nextReclaimMs = core.clock.monotonicMs() + reclaimIntervalMs;
-    const beganMs = core.clock.monotonicMs();
+    const nowMs = core.clock.monotonicMs();
+    if (nowMs < (this.#goesOn ? Math.min(this.#restedMs, this.#nextReclaimMs) : this.#nextReclaimMs)) return;
+    this.#goesOn = false;
+    this.#nextReclaimMs = nowMs + reclaimIntervalMs;
     for (const pool of pools) this.#reclaim(pool.uuid);
     const endMs = core.clock.monotonicMs();
-    this.#lastLook = { endMs, restMs: 10 * (endMs - beganMs) };
-  }
-
-  /** What a layer stood on may go as soon as that layer is gone: a long chain does not wait for the interval at each of them. */
-  #reclaimSoon(): void {
-    const { endMs, restMs } = this.#lastLook;
-    this.#nextReclaimMs = Math.min(this.#nextReclaimMs, endMs + restMs);
+    this.#restedMs = endMs + 10 * (endMs - nowMs);
   }
 
   /** Layers that nothing names, and slabs that leave them. */
@@ -231,7 +228,7 @@ export class Operations {
     for (const id of [...of('wipe'), ...of('tombstone')].slice(0, maxWaiting)) {
       this.#ensure(`wipe ${poolUuid}/${id}`, async () => {
         await wipeLayer(core, sessions, poolUuid, id);
-        this.#reclaimSoon();
+        this.#goesOn = true;
       });
     }
     for (const id of [...strips, ...of('strip')].slice(0, maxWaiting)) {
