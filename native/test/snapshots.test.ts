@@ -335,23 +335,28 @@ describe('readers', () => {
   }, 90_000);
 });
 
+/** Writes so many pieces of random bytes, from a place counted in pieces. */
+const writerOf =
+  (path: string, bs: string) =>
+  (count: number, seek = 0): Promise<string> =>
+    run('dd', [
+      'if=/dev/urandom',
+      `of=${path}`,
+      `bs=${bs}`,
+      `count=${count}`,
+      `seek=${seek}`,
+      'oflag=direct',
+      'conv=notrunc',
+      'status=none',
+    ]);
+
 describe('a deleted snapshot', () => {
   it('is stripped, forgotten and wiped under a volume in use, which shows the same', async () => {
     const r = await fresh('strip');
     const engine = await r.host();
     let spec = r.spec(1n, 128n * MiB);
     const { export: device } = await r.open(engine, spec);
-    const write = (count: number, seek = 0): Promise<string> =>
-      run('dd', [
-        'if=/dev/urandom',
-        `of=${device.devicePath}`,
-        'bs=1M',
-        `count=${count}`,
-        `seek=${seek}`,
-        'oflag=direct',
-        'conv=notrunc',
-        'status=none',
-      ]);
+    const write = writerOf(device.devicePath, '1M');
     await write(48);
     spec = (await cut(r, engine, spec)).spec;
     await r.supply(engine);
@@ -421,17 +426,7 @@ describe('below a snapshot that is kept', () => {
     const engine = await r.host();
     let spec = r.spec(1n, 128n * MiB);
     const { export: device } = await r.open(engine, spec);
-    const write = (count: number, seek = 0): Promise<string> =>
-      run('dd', [
-        'if=/dev/urandom',
-        `of=${device.devicePath}`,
-        'bs=4k',
-        `count=${count}`,
-        `seek=${seek}`,
-        'oflag=direct',
-        'conv=notrunc',
-        'status=none',
-      ]);
+    const write = writerOf(device.devicePath, '4k');
     await write(10_000);
     spec = (await cut(r, engine, spec)).spec;
     await r.supply(engine);

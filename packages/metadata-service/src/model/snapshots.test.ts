@@ -4,7 +4,7 @@ import { MemoryStore } from '../store/memory.ts';
 import { Bitmap } from './bitmap.ts';
 import type { Decision } from './decision.ts';
 import { stageVolume, publishVolume, volumeReturned } from './grants.ts';
-import { layersOf, makeLayer, maxChain, requireLayer, unused } from './layers.ts';
+import { layersOf, makeLayer, maxChain, removeFromChain, requireLayer, unused } from './layers.ts';
 import { leavingWiped } from './leaving.ts';
 import {
   layerWiped,
@@ -14,7 +14,7 @@ import {
   stripEnded,
   type ReclaimWork,
 } from './reclaim.ts';
-import { tables, type PoolRecord, type VolumeRecord } from './records.ts';
+import { tables, type GrantRecord, type PoolRecord, type VolumeRecord } from './records.ts';
 import { addToLayer, reserveFree } from './slabs.ts';
 import { createSnapshot, cutHappened, deleteSnapshot } from './snapshots.ts';
 import { upgradeRecords } from './upgrade.ts';
@@ -124,6 +124,15 @@ async function snapshot(volumeUuid: string, name: string): Promise<{ uuid: strin
   });
 }
 
+/** Published and staged on the one host there is. Returns the grant. */
+async function staged(uuid: string): Promise<GrantRecord> {
+  const { publishId } = await decide((d) =>
+    publishVolume(d, { uuid, nodeId: 'n', accessMode: 'SINGLE_NODE_WRITER', readOnly: false }),
+  );
+  const stage = { poolUuid: pool, life, volumeUuid: uuid, publishId, readOnly: false };
+  return (await decide((d) => stageVolume(d, stage))).grant;
+}
+
 const give = (layerId: bigint, slab: number): Promise<void> =>
   decide((d) => {
     const record = tables.pool.get(d.tx, pool)!;
@@ -214,17 +223,7 @@ describe('a frozen layer that nothing names', () => {
     expect(works()).toEqual([{ type: 'strip', layerId: a.layerId }]);
     await decide((d) => deleteSnapshot(d, b.uuid));
     expect(works()).toEqual([{ type: 'strip', layerId: b.layerId }]);
-    const publication = await decide((d) =>
-      publishVolume(d, { uuid, nodeId: 'n', accessMode: 'SINGLE_NODE_WRITER', readOnly: false }),
-    );
-    const stage = {
-      poolUuid: pool,
-      life,
-      volumeUuid: uuid,
-      publishId: publication.publishId,
-      readOnly: false,
-    };
-    const { grant } = await decide((d) => stageVolume(d, stage));
+    const grant = await staged(uuid);
     const order = await decide((d) => beginStrip(d, pool, b.layerId));
     expect(order?.victims.map((victim) => victim.layerId)).toEqual([b.layerId, a.layerId]);
     expect(order?.head?.layerId).toBe(topOf(uuid));
@@ -262,7 +261,6 @@ describe('a frozen layer that nothing names', () => {
     const b = await snapshot(uuid, 'b');
     await decide((d) => deleteSnapshot(d, a.uuid));
     expect(works()).toEqual([{ type: 'remove', layerId: a.layerId }]);
-    const { removeFromChain } = await import('./layers.ts');
     await decide((d) => removeFromChain(d, pool, a.layerId));
     expect(
       store.read((tx) => layersOf(tx, tables.volume.get(tx, uuid)!)).map((layer) => layer.layerId),
@@ -290,19 +288,8 @@ describe('a layer that has left its chain', () => {
   it('gets its tombstone when each holder has dropped it or is over, and not before', async () => {
     const { uuid } = await create('v');
     const a = await snapshot(uuid, 'a');
-    const publication = await decide((d) =>
-      publishVolume(d, { uuid, nodeId: 'n', accessMode: 'SINGLE_NODE_WRITER', readOnly: false }),
-    );
-    const stage = {
-      poolUuid: pool,
-      life,
-      volumeUuid: uuid,
-      publishId: publication.publishId,
-      readOnly: false,
-    };
-    const { grant } = await decide((d) => stageVolume(d, stage));
+    const grant = await staged(uuid);
     await decide((d) => deleteSnapshot(d, a.uuid));
-    const { removeFromChain } = await import('./layers.ts');
     await decide((d) => removeFromChain(d, pool, a.layerId));
     const asked = [{ type: 'forget', layerId: a.layerId }];
     expect(works()).toEqual(asked);
