@@ -82,7 +82,10 @@ export function enumWord(prefix: string, value: string): string {
 }
 
 /** Keys of a message as they are written in JSON here: camelCase, at every depth; maps of strings keep their keys. */
-export function camelKeys(value: unknown, keepKeysOf: readonly string[] = ['parameters']): unknown {
+export function camelKeys(
+  value: unknown,
+  keepKeysOf: readonly string[] = ['parameters', 'mutable_parameters'],
+): unknown {
   if (Array.isArray(value)) return value.map((item) => camelKeys(item, keepKeysOf));
   if (typeof value !== 'object' || value === null) return value;
   return Object.fromEntries(

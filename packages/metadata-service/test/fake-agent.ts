@@ -105,6 +105,12 @@ export class FakeAgent {
   readonly orders: Order__Output[] = [];
   readonly messages: ServiceMessage__Output[] = [];
   welcomed: Welcome__Output | undefined;
+  /** What its machine says of the device, in bytes; 0: nothing. */
+  deviceBytes = 0;
+  /** Slabs that its engine can use; undefined: all that the disk has. */
+  usable: number | undefined;
+  /** What it finds wrong with the device. */
+  problem = '';
   /** Orders by kind that get no answer (a hung engine). */
   readonly mute = new Set<string>();
   /** Orders by kind that are carried out, but whose answer is lost. */
@@ -194,7 +200,10 @@ export class FakeAgent {
           device_path: '/dev/loop9',
           fencing: disk.fencing,
           slab_size: disk.slabSize,
-          slab_count: disk.slabCount,
+          slab_count: this.usable ?? disk.slabCount,
+          device_bytes: this.deviceBytes,
+          slabs_possible: Math.floor(this.deviceBytes / disk.slabSize),
+          problem: this.problem,
           volume_slots: disk.volumeSlots,
           layer_slots: disk.layerSlots,
           host_slots: disk.hostSlots,
@@ -465,6 +474,22 @@ export class FakeAgent {
   /** Carries an order out; for overrides that only look at it first. */
   answer(order: Order__Output, disk: FakeDisk | undefined): Answer {
     if (disk === undefined) return { error_code: 'UNAVAILABLE', error_message: 'no such pool here' };
+    if (order.look_at_device) {
+      this.reportPools();
+      return {};
+    }
+    if (order.grow_device) {
+      const slabs = Math.floor(Number(order.grow_device.device_bytes) / disk.slabSize);
+      disk.slabCount = Math.max(disk.slabCount, slabs);
+      this.reportPools();
+      return {};
+    }
+    if (order.leave_pool) {
+      this.stopHeart();
+      this.hosts.delete(disk.uuid);
+      disk.locks.delete(this.lockPath);
+      return {};
+    }
     if (order.claim_authority) {
       const mine = {
         store_id: order.claim_authority.store_id,
@@ -652,6 +677,8 @@ const orderKinds = [
   'learn_layer',
   'wipe_layers',
   'compact_volume',
+  'grow_device',
+  'leave_pool',
 ];
 
 function recordOf(

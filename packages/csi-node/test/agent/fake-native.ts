@@ -22,6 +22,7 @@ import type {
   OpenVolume,
   Pool,
   PoolInfo,
+  PoolRoom,
   SlabOwner,
   SlabRun,
   MergeReport,
@@ -37,7 +38,11 @@ function failure(code: string, message: string): Error {
 export class FakeDisk {
   /** Something that exists: devices are told apart by their real paths. */
   readonly path = '/dev/null';
-  readonly info: PoolInfo = {
+  /** Of the device; by default no more than the pool uses. */
+  deviceBytes = 0n;
+  /** The device is smaller than the pool. */
+  shrunk = false;
+  info: PoolInfo = {
     uuid: randomUUID(),
     name: 'fake',
     wwid: `fake:${randomUUID()}`,
@@ -256,7 +261,6 @@ export class FakeVolume implements OpenVolume {
 
 export class FakePool implements Pool {
   readonly disk: FakeDisk;
-  readonly info: PoolInfo;
   readonly hostId: number;
   readonly generation: bigint;
   readonly lockPath: string;
@@ -274,7 +278,6 @@ export class FakePool implements Pool {
 
   constructor(disk: FakeDisk, options: OpenPoolOptions, emit: (event: EngineEvent) => void) {
     this.disk = disk;
-    this.info = disk.info;
     this.hostId = options.hostId;
     this.generation = options.generation;
     this.lockPath = options.lockPath;
@@ -297,6 +300,23 @@ export class FakePool implements Pool {
     });
   }
 
+  async look(): Promise<PoolRoom> {
+    if (this.disk.shrunk) throw failure('TOO_SMALL', 'the device shrank');
+    const possible = this.disk.deviceBytes / BigInt(this.info.slabSize);
+    return {
+      info: this.info,
+      deviceBytes: this.disk.deviceBytes,
+      slabsPossible: possible > this.info.slabCount ? possible : this.info.slabCount,
+    };
+  }
+  async grow(deviceBytes: bigint): Promise<PoolRoom> {
+    if (this.disk.deviceBytes < deviceBytes) throw failure('TOO_SMALL', 'smaller here');
+    this.disk.info = { ...this.disk.info, slabCount: deviceBytes / BigInt(this.info.slabSize) };
+    return await this.look();
+  }
+  get info(): PoolInfo {
+    return this.disk.info;
+  }
   leaseState(): LeaseState {
     return this.lease;
   }
