@@ -3,13 +3,16 @@ import { styleText } from 'node:util';
 
 export type OutputFormat = 'table' | 'json';
 
-export function printJson(value: unknown): void {
-  const text = JSON.stringify(
+export function printable(value: unknown): string {
+  return JSON.stringify(
     value,
     (_key, item: unknown) => (typeof item === 'bigint' ? item.toString() : item),
     2,
   );
-  process.stdout.write(`${text}\n`);
+}
+
+export function printJson(value: unknown): void {
+  process.stdout.write(`${printable(value)}\n`);
 }
 
 /** Columns aligned by spaces, numbers to the right; no borders, so that lines can be cut and compared. */
