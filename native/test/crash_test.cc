@@ -62,7 +62,8 @@ INSTANTIATE_TEST_SUITE_P(
                       Failed{10280, "writes waited for image slots that only another flush would have freed"},
                       Failed{92, "a wipe wrote over both copies of a page at once"},
                       Failed{371, "a slab that a cut found empty went while a read was in it"},
-                      Failed{952, "a forgotten slab that was empty came back with a take-over"}));
+                      Failed{952, "a forgotten slab that was empty came back with a take-over"},
+                      Failed{6036, "a torn page copy was made whole by another torn write"}));
 
 }  // namespace
 }  // namespace holdfast::test

@@ -702,6 +702,40 @@ TEST(DataHazard, ATornCopyIsNotMadeWholeByAnotherTornWrite) {
   EXPECT_TRUE(bench.reads(60 * kChunk, kBlock, 0));
 }
 
+// The same of a record: the first volume of a slot was deleted before its record was ever whole, the next one has parameters of its class.
+TEST(DataHazard, ARecordThatWasNeverWholeIsNotMadeSoByTheNextVolumesTornWrite) {
+  Bench bench(kMiB, 1, 21);
+  bench.spec.parameters_json = std::string(300, 'p');  // on both sides of the record's first 512 bytes
+  const auto open_torn = [&](bool first_sector) {
+    bench.errors.set_judge([&bench, first_sector](const IoRequest& request) {
+      const bool ours = request.offset == bench.record_address(0) || request.offset == bench.record_address(1);
+      format::VolumeRecord page;
+      if (request.op != IoOp::kWrite || !ours) return ErrorDevice::Verdict{};
+      std::memcpy(&page, request.iov[0].iov_base, sizeof page);
+      if (verify(page, kPoolUuid, request.offset) != PageState::kOk) return ErrorDevice::Verdict{};
+      std::vector<std::byte> torn(kBlock);
+      bench.raw_read(request.offset, torn.data(), kBlock);
+      const size_t at = first_sector ? 0 : 512;
+      const size_t length = first_sector ? 512 : kBlock - 512;
+      std::memcpy(torn.data() + at, static_cast<std::byte*>(request.iov[0].iov_base) + at, length);
+      bench.raw_write(request.offset, torn.data(), kBlock);
+      return ErrorDevice::Verdict{EIO, false};
+    });
+    EXPECT_EQ(bench.open().code, Code::kIo);
+    bench.errors.set_judge(nullptr);
+    bench.sim.cut_power();
+  };
+  open_torn(true);
+  bench.spec.volume_id = 6;
+  bench.spec.name = "next";
+  bench.spec.layers[0].layer_id = 60;
+  bench.spec.layers[0].slot = 5;
+  open_torn(false);
+  bench.spec.epoch++;
+  const Status opened = bench.open();
+  EXPECT_TRUE(opened.ok()) << opened.message;
+}
+
 // Killed while the second copy of a claim was on its way: it may be in the device's cache only.
 TEST(DataHazard, AClaimThatWasCutOffIsMadeAgainBeforeDataGoesIn) {
   Bench bench(kMiB, 1);

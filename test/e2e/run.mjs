@@ -17,7 +17,13 @@ import { tool } from './lib/tools.mjs';
 
 const here = dirname(fileURLToPath(import.meta.url));
 const { values } = parseArgs({
-  options: { only: { type: 'string', default: '' }, keep: { type: 'boolean', default: false }, minutes: { type: 'string', default: '15' } },
+  options: {
+    only: { type: 'string', default: '' },
+    keep: { type: 'boolean', default: false },
+    minutes: { type: 'string', default: '15' },
+    // What runs in the namespaces: the specs of this folder, or (conformance/lab.mjs) those of Kubernetes.
+    lab: { type: 'string', default: 'lib/lab.mjs' },
+  },
 });
 
 function end(passed, failed) {
@@ -102,7 +108,7 @@ try {
   const device = execFileSync('losetup', ['--find', '--show', '--direct-io=on', disk], { encoding: 'utf8' }).trim();
   lab = spawn(
     'unshare',
-    ['--mount', '--net', '--pid', '--fork', '--mount-proc', '--kill-child', '--propagation', 'private', process.execPath, join(here, 'lib/lab.mjs'),
+    ['--mount', '--net', '--pid', '--fork', '--mount-proc', '--kill-child', '--propagation', 'private', process.execPath, join(here, values.lab),
       JSON.stringify({ directory, device, images, report, only: values.only })],
     { stdio: 'inherit', detached: true },
   );

@@ -450,6 +450,7 @@ class VolumeImpl final : public Volume {
     uint32_t step = 0;
     uint32_t outstanding = 0;
     int error = 0;
+    std::array<bool, 2> torn{};  // of the new layer's record and the freezing one's: the copy that is written first
     bool repeated = false;       // it happened before
     bool waits_release = false;  // for empty slabs to be back
     bool waits_grace = false;    // for reads to end: until every request of epoch `grace` and before has
@@ -469,6 +470,9 @@ class VolumeImpl final : public Volume {
   void cut_read();               // locked
   void cut_have_records(int error);
   Status cut_prepare();          // locked
+  void cut_blot();               // locked
+  void cut_blotted(int error);
+  void cut_hold();               // locked
   void cut_write_records();      // locked
   void cut_record_written(int error);
   void cut_commit();             // locked

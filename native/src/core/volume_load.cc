@@ -342,11 +342,7 @@ void VolumeOpener::have_pages() {
   blot_torn(0);
 }
 
-// A torn copy is not dead: it lacks some sectors of a page that was never durable, and those of the next page written
-// over it may be the very same. Torn in its turn, that write would make the lost page whole, newer than the one that
-// serves, and it may map chunks that have another use by now. So before anything else such a copy becomes one that
-// shares no sector with any page: the magic, so that it counts as torn still, then all ones, which is neither an entry
-// nor a hole range nor anything in a header.
+// Made whole by the next write to it (pages.h), a torn copy might map chunks that have another use by now.
 void VolumeOpener::blot_torn(int error) {
   if (error != 0) {
     return refuse(Code::kIo, "a torn copy of a slab's page can't be written over " + errno_text(error) +
@@ -355,8 +351,7 @@ void VolumeOpener::blot_torn(int error) {
   if (torn_.empty()) return pages_settled();
   const uint64_t address = torn_.back();
   torn_.pop_back();
-  std::memset(pages_.data(), 0xff, kPageSize);
-  std::memcpy(pages_.data(), &format::kMagicSlab, sizeof format::kMagicSlab);
+  blot(pages_.data(), format::kMagicSlab);
   submit(IoOp::kWrite, address, 1, 0, &VolumeOpener::blot_torn);
 }
 

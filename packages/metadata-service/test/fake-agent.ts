@@ -121,8 +121,8 @@ export class FakeAgent {
   held: { cutId: string; volumes: string[] } | undefined;
   /** Blocks that a compaction moves before it answers; 0: none, and says that it is complete. */
   moveAtMost = Infinity;
-  /** How long that takes. */
-  compactingMs = 0;
+  /** When that is over. */
+  compactionEnds: Promise<void> = Promise.resolve();
   /** Slabs that a holder here was told to forget. */
   readonly forgotten: number[] = [];
   /** The newest epoch of each volume that was revoked here: nothing older is opened any more. */
@@ -466,7 +466,7 @@ export class FakeAgent {
       if (runs.length === 0) return { compact: compactResult(order, 0, false, true) };
       await this.ask('ReportSlabs', disk, { claimed: [this.claim(disk, open, moved)] });
     }
-    await new Promise((resolve) => setTimeout(resolve, this.compactingMs));
+    await this.compactionEnds;
     const complete = moved.length === movable.length || this.moveAtMost === 0;
     return { compact: compactResult(order, moved.length, complete, false) };
   }

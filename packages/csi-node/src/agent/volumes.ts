@@ -45,7 +45,10 @@ export interface LocalVolume {
   uuid: string;
   pool: HostedPool;
   native: OpenVolume;
+  /** These of its spec never change. Reading `native.spec` makes a new copy of all of it, with every slab. */
+  volumeId: bigint;
   epoch: bigint;
+  readOnly: boolean;
   /** Unknown for a volume that was taken over from a dead agent. */
   publishId: string | undefined;
   revoked: boolean;
@@ -118,19 +121,22 @@ export class Volumes {
   }
 
   #localVolume(pool: HostedPool, native: OpenVolume, publishId: string | undefined): LocalVolume {
-    const top = native.spec.layers[0];
+    const { uuid, volumeId, epoch, readOnly, layers } = native.spec;
+    const top = layers[0];
     const claimed = new Map<bigint, Slab>();
     // A reader claims nothing, and what it still maps may be somebody else's by now.
-    if (top !== undefined && !native.spec.readOnly) {
+    if (top !== undefined && !readOnly) {
       for (const { slab, generation } of slabsOf(top.slabs)) {
-        claimed.set(slab, { volumeId: native.spec.volumeId, layerId: top.layerId, slab, generation });
+        claimed.set(slab, { volumeId, layerId: top.layerId, slab, generation });
       }
     }
     return {
-      uuid: native.spec.uuid,
+      uuid,
       pool,
       native,
-      epoch: native.spec.epoch,
+      volumeId,
+      epoch,
+      readOnly,
       publishId,
       revoked: false,
       reason: '',
@@ -187,7 +193,7 @@ export class Volumes {
 
   #byVolumeId(pool: HostedPool, volumeId: bigint): LocalVolume | undefined {
     for (const volume of [...this.#open.values(), ...this.#maintained.values()]) {
-      if (volume.pool === pool && volume.native.spec.volumeId === volumeId) return volume;
+      if (volume.pool === pool && volume.volumeId === volumeId) return volume;
     }
     return undefined;
   }
@@ -444,8 +450,7 @@ export class Volumes {
   }
 
   async #closeAndReturn(volume: LocalVolume): Promise<void> {
-    const { pool, uuid, native, epoch } = volume;
-    const volumeId = native.spec.volumeId;
+    const { pool, uuid, native, volumeId, epoch } = volume;
     const describe = (): PendingReturn => this.#pendingReturn(pool, native.spec, pool.unreported(volumeId));
     const closing = describe();
     this.#returns.put(closing);
@@ -476,7 +481,7 @@ export class Volumes {
       );
     }
     // A dead generation's slabs are read from their pages; nobody listens to its reports any more.
-    if (volume.pool.dead) volume.pool.forgetClaims(volume.native.spec.volumeId);
+    if (volume.pool.dead) volume.pool.forgetClaims(volume.volumeId);
     this.#open.delete(volume.uuid);
     this.#logger.info({ volume: volume.uuid }, 'Took the device of a fenced volume away');
     this.#onFreed();
@@ -542,7 +547,7 @@ export class Volumes {
       }
       const now = volume.native.stats().sizeBytes;
       if (atLeastBytes !== 0n && now >= atLeastBytes) return now;
-      if (volume.native.spec.readOnly) {
+      if (volume.readOnly) {
         throw new HoldfastError(
           'FAILED_PRECONDITION',
           `Volume ${uuid} is open read-only on this node and can't take a new size. It has it when it is staged again.`,
@@ -565,7 +570,7 @@ export class Volumes {
     const grown = this.#locks.run(`volume ${uuid}`, async () => {
       const volume = this.#open.get(uuid);
       if (volume === undefined || volume.revoked || volume.pool.dead) return;
-      if (!volume.native.spec.readOnly) await this.#grow(volume, sizeBytes);
+      if (!volume.readOnly) await this.#grow(volume, sizeBytes);
     });
     grown.catch((error: unknown) =>
       this.#logger.warn(`Volume ${uuid} could not grow: ${messageOf(error)}. NodeExpandVolume tries again.`),
@@ -606,7 +611,7 @@ export class Volumes {
           'A volume was revoked: its device answers EIO from now on',
         );
       }
-      const claimed = volume.pool.unreported(volume.native.spec.volumeId).map(claimedToWire);
+      const claimed = volume.pool.unreported(volume.volumeId).map(claimedToWire);
       return { epoch: epoch.toString(), was_open: true, claimed };
     });
   }
@@ -675,7 +680,7 @@ export class Volumes {
         { volume: volume.uuid, top: cut.top?.layer_id, heldUs: report.heldMicroseconds },
         'Cut an open volume',
       );
-      return cutResult(cut, volume.native.spec.volumeId, report.frozen, report.heldMicroseconds);
+      return cutResult(cut, volume.volumeId, report.frozen, report.heldMicroseconds);
     });
   }
 

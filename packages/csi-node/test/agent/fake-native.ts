@@ -86,7 +86,10 @@ export class FakeDisk {
 }
 
 export class FakeVolume implements OpenVolume {
-  spec: VolumeSpec;
+  readonly uuid: string;
+  #spec: VolumeSpec;
+  /** How often anybody asked for the whole spec: of the real engine that is a copy with every slab. */
+  described = 0;
   readonly export;
   readonly #pool: FakePool;
   size: bigint;
@@ -104,13 +107,19 @@ export class FakeVolume implements OpenVolume {
 
   constructor(pool: FakePool, spec: VolumeSpec, device = true) {
     this.#pool = pool;
-    this.spec = spec;
+    this.uuid = spec.uuid;
+    this.#spec = spec;
     this.size = spec.sizeBytes;
     this.export = {
       frontend: 'fuse' as const,
       devicePath: device ? `/dev/fake-${spec.volumeId}` : '',
       reason: 'fake',
     };
+  }
+
+  get spec(): VolumeSpec {
+    this.described += 1;
+    return this.#spec;
   }
 
   async hold(timeoutMs: number): Promise<void> {
@@ -125,7 +134,7 @@ export class FakeVolume implements OpenVolume {
     this.writes = 'go on';
   }
   async cut(top: LayerSpec, snapshot: { name: string; unixMs: number }): Promise<CutReport> {
-    const [now, below] = this.spec.layers;
+    const [now, below] = this.#spec.layers;
     if (now === undefined) throw new Error('no layer');
     if (now.layerId === top.layerId && below !== undefined) {
       return { frozen: { ...below, slabs: this.#pool.disk.slabsOf(below.layerId) }, heldMicroseconds: 0 };
@@ -137,7 +146,7 @@ export class FakeVolume implements OpenVolume {
     }
     if (top.parentLayerId !== now.layerId) throw failure('INVALID_ARGUMENT', 'not on top of the top');
     const frozen = { ...now, frozen: true, sizeBytes: this.size };
-    this.spec = { ...this.spec, layers: [top, frozen, ...this.spec.layers.slice(1)] };
+    this.#spec = { ...this.#spec, layers: [top, frozen, ...this.#spec.layers.slice(1)] };
     this.writeLayer(frozen, 'frozen', snapshot.name);
     this.writeLayer(top, 'writable');
     this.#record(this.state === 'open' ? 'open' : 'closed');
@@ -149,7 +158,10 @@ export class FakeVolume implements OpenVolume {
   }
   async forget(slabs: SlabRun[], layers: bigint[]): Promise<void> {
     this.forgotten.push(...slabs);
-    this.spec = { ...this.spec, layers: this.spec.layers.filter(({ layerId }) => !layers.includes(layerId)) };
+    this.#spec = {
+      ...this.#spec,
+      layers: this.#spec.layers.filter(({ layerId }) => !layers.includes(layerId)),
+    };
   }
   /** Claims as many slabs as the pool's `compacting` says, and lasts until it is ended if that says so. */
   async compact(
@@ -172,7 +184,7 @@ export class FakeVolume implements OpenVolume {
       slot: layer.slot,
       layerId: layer.layerId,
       parentLayerId: layer.parentLayerId,
-      volumeId: this.spec.volumeId,
+      volumeId: this.#spec.volumeId,
       sizeBytes: layer.sizeBytes,
       birth: layer.birth,
       state,
@@ -182,11 +194,11 @@ export class FakeVolume implements OpenVolume {
 
   /** The first writes to `count` slabs' worth of new places. */
   claim(count: number): bigint[] {
-    const [top] = this.spec.layers;
+    const [top] = this.#spec.layers;
     if (top === undefined) throw new Error('no layer');
     const taken = this.#pool.takeStock(count);
     for (const { slab, generation } of taken) {
-      const owner = { layerId: top.layerId, volumeId: this.spec.volumeId, slab, generation };
+      const owner = { layerId: top.layerId, volumeId: this.#spec.volumeId, slab, generation };
       this.#pool.disk.owners.set(slab, { ...owner, state: 'claimed' });
       this.#pool.emit({ type: 'slab-claimed', pool: this.#pool.info.uuid, ...owner });
     }
@@ -194,25 +206,25 @@ export class FakeVolume implements OpenVolume {
   }
 
   #record(state: VolumeRecord['state']): void {
-    this.#pool.disk.records.set(this.spec.slot, {
-      slot: this.spec.slot,
-      volumeId: this.spec.volumeId,
-      uuid: this.spec.uuid,
-      name: this.spec.name,
+    this.#pool.disk.records.set(this.#spec.slot, {
+      slot: this.#spec.slot,
+      volumeId: this.#spec.volumeId,
+      uuid: this.#spec.uuid,
+      name: this.#spec.name,
       state,
       sizeBytes: this.size,
-      topLayerId: this.spec.layers[0]?.layerId ?? 0n,
-      epoch: this.spec.epoch,
+      topLayerId: this.#spec.layers[0]?.layerId ?? 0n,
+      epoch: this.#spec.epoch,
       hostId: this.#pool.hostId,
       generation: this.#pool.generation,
       fenced: false,
-      parametersJson: this.spec.parametersJson,
+      parametersJson: this.#spec.parametersJson,
     });
   }
 
   opened(): void {
-    if (this.spec.readOnly) return;
-    const [top] = this.spec.layers;
+    if (this.#spec.readOnly) return;
+    const [top] = this.#spec.layers;
     if (top !== undefined) this.writeLayer(top, 'writable');
     this.#record('open');
   }
@@ -227,12 +239,12 @@ export class FakeVolume implements OpenVolume {
       this.failNextClose = false;
       throw failure('IO', 'the record could not be written');
     }
-    if (!this.spec.readOnly) this.#record('closed');
+    if (!this.#spec.readOnly) this.#record('closed');
     this.state = 'closed';
     this.#pool.remove(this);
   }
   async revoke(): Promise<void> {
-    if (this.state === 'open' && !this.spec.readOnly) this.#record('closed');
+    if (this.state === 'open' && !this.#spec.readOnly) this.#record('closed');
     this.state = 'revoked';
     this.#endCompaction?.();
   }
@@ -324,7 +336,7 @@ export class FakePool implements Pool {
     return this.#volumes;
   }
   volume(uuid: string): FakeVolume {
-    const found = this.#volumes.find((v) => v.spec.uuid === uuid);
+    const found = this.#volumes.find((v) => v.uuid === uuid);
     if (found === undefined) throw new Error(`volume ${uuid} is not open`);
     return found;
   }

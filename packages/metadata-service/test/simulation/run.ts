@@ -36,6 +36,7 @@ export async function simulate(seed: number, fencing: SimClass): Promise<Outcome
   const checks = new Checks(world);
   world.checkWrite = (engine, volume) => checks.checkWrite(engine, volume);
   world.checkWiped = (slab, page) => checks.checkWiped(slab, page);
+  world.checkStripped = (slab, page, blocks) => checks.checkStripped(slab, page, blocks);
   await world.startService();
   for (const node of world.nodes) node.start();
   const faults = new Faults(world);
