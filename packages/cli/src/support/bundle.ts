@@ -101,7 +101,7 @@ export function logParts(directory: string): Part[] {
   try {
     names = readdirSync(directory, { recursive: true }).map(String);
   } catch (error) {
-    return [{ path: 'logs', what: 'logs', read: () => Promise.reject(error as Error) }];
+    return [{ path: 'logs', what: 'logs', read: () => Promise.reject(error) }];
   }
   return names
     .filter((name) => name.endsWith('.log'))

@@ -80,7 +80,7 @@ export async function growNow(
     );
   }
   // What they saw came before their answers.
-  await Promise.all(lookers.map((host) => sessions.get(host.nodeId)?.settled()));
+  await Promise.all(lookers.flatMap((host) => sessions.get(host.nodeId)?.settled() ?? []));
   return await waitUntil(
     core,
     context,
