@@ -99,6 +99,13 @@ void World::check_overwrite(uint64_t address) {
   if (serves >= 0 && pair_address + static_cast<uint64_t>(serves) * kBlock == address) {
     fail("the copy that serves is written over, at byte " + std::to_string(address));
   }
+  // As good as each other: then the other one must not be on its way to the disk either.
+  const uint64_t other = pair_address + (address == pair_address ? kBlock : 0);
+  PageBuffer seen(kBlock);
+  disk.peek(other, seen.data(), kBlock);
+  if (serves < 0 && std::memcmp(seen.data(), pair.data() + (other - pair_address), kBlock) != 0) {
+    fail("both copies of a page may be torn at once, at byte " + std::to_string(address));
+  }
 }
 
 // A claimed slab has neither copy left as an earlier owner's or a blank one: they say whose it is, or were torn later.
