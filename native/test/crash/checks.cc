@@ -58,6 +58,7 @@ void World::submitted(const IoRequest& request) {
     fail("data goes into slab " + std::to_string(slab) + " of a layer that is frozen");
   }
   check_claimed(slab, owner);
+  if (owner == merging && owner != 0) check_merge_data(slab, request);
 }
 // A slab is discarded while it is still its old owner's, and when no copy of its page says so any more: late, it would
 // meet the next owner's data; early, a crash would leave a map to nothing.
@@ -97,6 +98,13 @@ void World::check_overwrite(uint64_t address) {
   else serves = newer(pair.at<VolumeRecord>(0), pair.at<VolumeRecord>(kBlock));
   if (serves >= 0 && pair_address + static_cast<uint64_t>(serves) * kBlock == address) {
     fail("the copy that serves is written over, at byte " + std::to_string(address));
+  }
+  // As good as each other: then the other one must not be on its way to the disk either.
+  const uint64_t other = pair_address + (address == pair_address ? kBlock : 0);
+  PageBuffer seen(kBlock);
+  disk.peek(other, seen.data(), kBlock);
+  if (serves < 0 && std::memcmp(seen.data(), pair.data() + (other - pair_address), kBlock) != 0) {
+    fail("both copies of a page may be torn at once, at byte " + std::to_string(address));
   }
 }
 
@@ -290,6 +298,23 @@ void World::check_merge_write(uint64_t slab, const SlabPage& before, const SlabP
       if (std::memcmp(seen, certain, kBlock) == 0) continue;
       fail("a merge says in slab " + std::to_string(slab) + " that it has block " + std::to_string(block) + " of chunk " +
            std::to_string(entry.logical_chunk) + ", which is not durable");
+    }
+  }
+}
+
+// Of what either copy of a frozen layer's page maps nothing is written over: the older one serves when the newer is damaged.
+void World::check_merge_data(uint64_t slab, const IoRequest& request) const {
+  SlabPage pair[2];
+  disk.peek(page_address(slab), pair, sizeof pair);
+  const uint64_t data = format::slab_data_offset(superblock.first_region_offset, slab);
+  for (uint32_t copy = 0; copy < 2; copy++) {
+    const SlabPage& page = pair[copy];
+    if (verify(page, kPoolUuid, page_address(slab) + copy * kBlock) != PageState::kOk || page.layer_id != merging) continue;
+    for (uint64_t at = request.offset; at < request.offset + request.length; at += kBlock) {
+      const SlabEntry& entry = page.entries[(at - data) / kChunk];
+      if ((entry.data >> ((at - data) % kChunk / kBlock) & 1) == 0) continue;
+      fail("a merge writes over data of chunk " + std::to_string(entry.logical_chunk) + " that copy " + "AB"[copy] +
+           " of the page of slab " + std::to_string(slab) + " maps");
     }
   }
 }

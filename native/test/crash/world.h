@@ -320,6 +320,7 @@ struct World final : VolumeObserver {
   void check_page_of_job(uint64_t address, const void* content);
   void check_strip_write(uint64_t slab, const format::SlabPage& before, const format::SlabPage& after) const;
   void check_merge_write(uint64_t slab, const format::SlabPage& before, const format::SlabPage& after) const;
+  void check_merge_data(uint64_t slab, const IoRequest& request) const;
   void check_no_claim(const GrantRef& ref, const std::function<bool(const PageArena::Claim&)>& of) const;
   void check_stripped(const LayerSpec& victim, const Coverage& covered) const;
 

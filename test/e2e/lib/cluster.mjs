@@ -6,6 +6,7 @@ import { existsSync, mkdirSync, readdirSync, readFileSync, rmdirSync, writeFileS
 import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { makePki, makeTokens } from './pki.mjs';
+import { abortConnections, childrenOf, detach, fuseConnections, loopsOver, processesBelow } from './residue.mjs';
 import { run, start, until } from './shell.mjs';
 import { tool } from './tools.mjs';
 
@@ -35,7 +36,8 @@ export class Cluster {
     mkdirSync(this.logDirectory, { recursive: true });
     await this.#makeNetwork(count);
     await this.#startControlPlane(count);
-    for (let index = 1; index <= count; index += 1) this.#startNode(index);
+    for (let index = 1; index <= count; index += 1) this.nodes.push(this.#makeNode(index));
+    for (const node of this.nodes) this.#startNode(node);
     await Promise.all(this.nodes.map((node) => this.untilReady(node)));
   }
 
@@ -51,11 +53,16 @@ export class Cluster {
     await run('sysctl', ['-q', '-w', 'net.ipv4.ip_forward=1', 'net.ipv4.conf.all.rp_filter=0']);
     mkdirSync('/run/netns', { recursive: true });
     for (let index = 1; index <= count; index += 1) {
-      await ip('netns', 'add', `node-${index}`);
-      await ip('link', 'add', `veth${index}`, 'type', 'veth', 'peer', 'name', 'eth0', 'netns', `node-${index}`);
-      await ip('link', 'set', `veth${index}`, 'master', 'lab0', 'up');
+      await this.#plugIn(index);
       await ip('route', 'add', `10.78.${index}.0/24`, 'via', `10.77.0.${10 + index}`);
     }
+  }
+
+  /** A network namespace for a node, new each time it starts. */
+  async #plugIn(index) {
+    await run('ip', ['netns', 'add', `node-${index}`]);
+    await run('ip', ['link', 'add', `veth${index}`, 'type', 'veth', 'peer', 'name', 'eth0', 'netns', `node-${index}`]);
+    await run('ip', ['link', 'set', `veth${index}`, 'master', 'lab0', 'up']);
   }
 
   // ------------------------------------------------------------------------------------------ control plane
@@ -83,7 +90,7 @@ export class Cluster {
     await until('The API server', async () => (await this.kubectl(['get', '--raw', '/readyz'])) === 'ok', { timeoutMs: 90_000 });
     this.#service('kube-controller-manager', tool('kube-controller-manager'), [
       `--kubeconfig=${this.#tokens.paths['controller-manager']}`, `--service-account-private-key-file=${keys.serviceAccountKey}`, `--root-ca-file=${keys.ca}`,
-      '--use-service-account-credentials', '--leader-elect=false', '--controllers=*', '--kube-api-qps=100', '--kube-api-burst=200',
+      '--node-monitor-grace-period=24s', '--use-service-account-credentials', '--leader-elect=false', '--controllers=*', '--kube-api-qps=100', '--kube-api-burst=200',
     ]);
     this.#service('kube-scheduler', tool('kube-scheduler'), [`--kubeconfig=${this.#tokens.paths.scheduler}`, '--leader-elect=false']);
   }
@@ -96,7 +103,8 @@ export class Cluster {
 
   // ------------------------------------------------------------------------------------------ nodes
 
-  #startNode(index) {
+  /** Its directory, with all that a node keeps over a restart. */
+  #makeNode(index) {
     const name = `node-${index}`;
     const directory = join(this.#directory, name);
     mkdirSync(join(directory, 'cni'), { recursive: true });
@@ -115,14 +123,57 @@ export class Cluster {
       conntrack: { maxPerCore: 0, min: 0, tcpEstablishedTimeout: '0s', tcpCloseWaitTimeout: '0s' },
       hostnameOverride: name,
     });
-    const address = `10.77.0.${10 + index}`;
-    const child = start(
+    return { index, name, directory, address: `10.77.0.${10 + index}` };
+  }
+
+  #startNode(node) {
+    const { name, directory, address } = node;
+    node.child = start(
       'nsenter',
       [`--net=/run/netns/${name}`, 'unshare', '--mount', '--pid', '--uts', '--fork', '--mount-proc', '--kill-child', 'bash', nodeScript,
         directory, name, address, lab, dirname(tool('kubelet')), ...this.#images],
       join(this.logDirectory, `${name}.log`),
     );
-    this.nodes.push({ index, name, directory, address, child });
+  }
+
+  /**
+   * A power cut: every process of the node ends at once. What its own kernel would have taken with it, and this one keeps, is taken away: devices
+   * whose engine is gone.
+   */
+  async killNode(node) {
+    const connections = fuseConnections(processesBelow(node.child.pid));
+    const ended = new Promise((done) => node.child.once('exit', done));
+    for (const pid of childrenOf(node.child.pid)) process.kill(pid, 'SIGKILL');
+    abortConnections(connections);
+    await ended;
+    await until(`the devices of ${node.name} to be gone`, () => {
+      detach(loopsOver(connections));
+      return loopsOver(connections).length === 0;
+    });
+  }
+
+  /** Starts a node that was killed, as a machine that boots: with its disk and its name, without anything that it had in memory. */
+  async bootNode(node) {
+    const began = Date.now();
+    await run('ip', ['link', 'delete', `veth${node.index}`]);
+    await run('ip', ['netns', 'delete', node.name]);
+    await this.#plugIn(node.index);
+    this.#startNode(node);
+    await until(
+      `the kubelet of ${node.name} to be back`,
+      async () => Date.parse((await this.get('lease', node.name, '--namespace', 'kube-node-lease')).spec.renewTime) > began,
+      { timeoutMs: 120_000, everyMs: 500 },
+    );
+    await this.untilReady(node);
+  }
+
+  /** Takes the node off the network: it runs on. */
+  async cutNode(node) {
+    await run('ip', ['link', 'set', `veth${node.index}`, 'down']);
+  }
+
+  async joinNode(node) {
+    await run('ip', ['link', 'set', `veth${node.index}`, 'up']);
   }
 
   /** cgroup v1: a root for each kubelet in every hierarchy; in that of cpusets a new group has no CPU before it is given some. */

@@ -4,12 +4,14 @@ import { mkdirSync, readFileSync, renameSync, writeFileSync } from 'node:fs';
 import { execFileSync } from 'node:child_process';
 import { join } from 'node:path';
 import { Cluster } from './cluster.mjs';
+import { Figures } from './figures.mjs';
 import { Holdfast } from './holdfast.mjs';
-import { specs } from '../specs/index.mjs';
+import { refusalSpecs, residueSpecs, specs } from '../specs/index.mjs';
 
 const { directory, device, images, report, only } = JSON.parse(process.argv[2]);
 
-const state = { passed: 0, failed: 0, unfinished: true };
+const figures = new Figures();
+const state = { passed: 0, failed: 0, unfinished: true, figures: figures.all };
 function save() {
   writeFileSync(`${report}.new`, JSON.stringify(state));
   renameSync(`${report}.new`, report);
@@ -46,14 +48,25 @@ const holdfast = new Holdfast(cluster, device, directory);
 process.once('SIGTERM', () => process.exit(143));
 const isUp = await attempt('a cluster of three nodes comes up', () => cluster.up(3));
 if (!isUp) for (const name of ['kube-apiserver', 'node-1']) console.log(tail(join(cluster.logDirectory, `${name}.log`), 20));
-if (isUp && (await attempt('the chart installs with helm, and all its pods are ready', () => holdfast.install()))) {
-  for (const { name, body } of specs) {
+/** Those of a list whose names were asked for. */
+async function attemptAll(list, explain) {
+  for (const { name, body } of list) {
     if (!new RegExp(only).test(name)) continue;
-    if (!(await attempt(name, () => body({ cluster, holdfast })))) await holdfast.explain();
+    if (!(await attempt(name, () => body({ cluster, holdfast, figures })))) await explain();
   }
-  await attempt('helm uninstalls the chart, and no volume is left open', () => holdfast.uninstall());
-} else {
-  await holdfast.explain().catch(() => undefined);
+}
+
+const explain = () => holdfast.explain().catch((error) => console.log(error.message));
+if (isUp) {
+  state.kubernetes = JSON.parse(await cluster.kubectl(['version', '-o', 'json'])).serverVersion.gitVersion;
+  await attemptAll(refusalSpecs, explain);
+  if (await attempt('the chart installs with helm, and all its pods are ready', () => holdfast.install())) {
+    await attemptAll(specs, explain);
+    await attempt('helm uninstalls the chart, and no volume is left open', () => holdfast.uninstall());
+    await attemptAll(residueSpecs, explain);
+  } else {
+    await explain();
+  }
 }
 state.unfinished = false;
 save();

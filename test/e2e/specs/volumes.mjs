@@ -45,13 +45,15 @@ export const volumeSpecs = [
   },
   {
     name: 'a volume grows while its pod writes to it',
-    body: async ({ cluster, holdfast }) => {
+    body: async ({ cluster, holdfast, figures }) => {
       await holdfast.claim('grow', { storageClass: 'holdfast-xfs', size: '1Gi' });
       await holdfast.pod('grow', 'grow');
       const before = Number(await holdfast.sh('grow', 'df -k /data | tail -n 1 | tr -s " " | cut -d " " -f 2'));
       const written = await writeFile(holdfast, 'grow', '/data/file');
+      const began = performance.now();
       await cluster.kubectl(['patch', 'pvc', 'grow', '--patch', '{"spec":{"resources":{"requests":{"storage":"3Gi"}}}}']);
-      await until('the file system to grow', async () => Number(await holdfast.sh('grow', 'df -k /data | tail -n 1 | tr -s " " | cut -d " " -f 2')) > before * 2.5, { timeoutMs: 90_000, everyMs: 1000 });
+      await until('the file system to grow', async () => Number(await holdfast.sh('grow', 'df -k /data | tail -n 1 | tr -s " " | cut -d " " -f 2')) > before * 2.5, { timeoutMs: 90_000, everyMs: 500 });
+      figures.record('expand_s', (performance.now() - began) / 1000);
       assert.equal((await cluster.get('pvc', 'grow')).status.capacity.storage, '3Gi');
       assert.equal(await digest(holdfast, 'grow', '/data/file'), written);
       await holdfast.deletePod('grow');

@@ -1,0 +1,51 @@
+// Many at once, and how long one takes.
+import assert from 'node:assert/strict';
+import { until } from '../lib/shell.mjs';
+
+const claims = 50;
+/** What the three small nodes hold beside Holdfast's own pods. */
+const pods = 15;
+
+export const scaleSpecs = [
+  {
+    name: `${claims} claims at once are bound, and ${pods} pods at once run with their own`,
+    body: async ({ cluster, holdfast, figures }) => {
+      const names = Array.from({ length: claims }, (_, i) => `many-${i}`);
+      const began = performance.now();
+      await cluster.apply(...names.map((name) => holdfast.claimObject(name, { storageClass: 'holdfast-now' })));
+      await until(
+        'all claims to be bound',
+        async () => {
+          const { items } = await cluster.get('pvc');
+          return items.filter(({ metadata, status }) => names.includes(metadata.name) && status.phase === 'Bound').length === claims;
+        },
+        { timeoutMs: 120_000 },
+      );
+      figures.record(`claims_${claims}_bound_s`, (performance.now() - began) / 1000);
+      const started = performance.now();
+      await Promise.all(names.slice(0, pods).map((name) => holdfast.pod(name, name, { timeoutMs: 180_000 })));
+      figures.record(`pods_${pods}_running_s`, (performance.now() - started) / 1000);
+      for (const name of names.slice(0, pods)) await holdfast.sh(name, `echo ${name} > /data/file && sync`);
+      assert.equal(await holdfast.sh(names[7], 'cat /data/file'), names[7]);
+      await holdfast.deletePod(...names.slice(0, pods));
+      await holdfast.deleteClaims(...names);
+      await until('their volumes to go', async () => (await holdfast.cli('volume', 'list')).length === 0, { everyMs: 1000 });
+    },
+  },
+  {
+    name: 'a claim and its pod, made together, run within 20 s, each time',
+    body: async ({ holdfast, figures }) => {
+      const took = [];
+      for (let i = 0; i < 3; i += 1) {
+        const began = performance.now();
+        await holdfast.claim('timed');
+        await holdfast.pod('timed', 'timed');
+        took.push((performance.now() - began) / 1000);
+        await holdfast.deletePod('timed');
+        await holdfast.deleteClaims('timed');
+      }
+      figures.record('claim_to_running_s', took);
+      assert.ok(Math.max(...took) < 20, `they took ${took.map((s) => s.toFixed(1)).join(', ')} s`);
+    },
+  },
+];
