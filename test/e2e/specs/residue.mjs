@@ -1,4 +1,4 @@
-// After the chart was uninstalled: what is left is what charts/README.md says.
+// After the chart was uninstalled: what is left is what docs/uninstall.md says.
 import assert from 'node:assert/strict';
 import { execFileSync } from 'node:child_process';
 import { existsSync, readFileSync } from 'node:fs';
@@ -22,11 +22,12 @@ export const residueSpecs = [
     },
   },
   {
-    name: 'an uninstalled chart leaves no process, FUSE connection, loop device or mount on any node, and only the directories that its README names',
+    name: 'an uninstalled chart leaves no process, FUSE connection, loop device or mount on any node, and only the directories that docs/uninstall.md names',
     body: async ({ cluster }) => {
-      const readme = readFileSync(join(import.meta.dirname, '../../../charts/README.md'), 'utf8');
-      const named = [...readme.slice(readme.indexOf('## Removing')).matchAll(/^\| `(\/[^`]+)` \|/gm)].map(([, path]) => path);
-      assert.ok(named.length > 3, 'the README names no directories');
+      const page = readFileSync(join(import.meta.dirname, '../../../docs/uninstall.md'), 'utf8');
+      const table = page.slice(page.indexOf('## 3. What Helm leaves'), page.indexOf('## 4.'));
+      const named = [...table.matchAll(/`(\/[^`]+)`/g)].map(([, path]) => path);
+      assert.ok(named.length > 3, 'the page names no directories');
       for (const node of cluster.nodes) {
         const pids = processesBelow(node.child.pid);
         const holdfast = pids.filter((pid) => /holdfast-keeper|\/opt\/holdfast\//.test(commandOf(pid)));
