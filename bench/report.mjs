@@ -30,6 +30,7 @@ const lines = [
   `Machine: ${r.machine.cores} cores (${r.machine.cpu}), ${r.machine.memory_gib} GiB, kernel ${r.machine.kernel.replace(/-.*/, '')}, Node ${r.machine.node}, ${r.machine.fio}; ` +
     `peer: ${r.machine.qsd ?? 'not measured'}. ${r.date}.`,
   '',
+  ...(r.notes ?? []).flatMap((note) => [note, '']),
   ...(r.settings.quick
     ? ['**These figures are of a short run (`BENCH_QUICK=1`) while other programs were busy on both cores: a first look, no verdict.**', '']
     : []),

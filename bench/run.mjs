@@ -299,7 +299,10 @@ try {
       // none yet
     }
   }
-  writeFileSync(out, `${JSON.stringify({ ...previous, ...report }, null, 2)}\n`);
+  // Of a part that was measured alone only its figures are new: how the others were measured stays.
+  const settings = previous.settings ?? report.settings;
+  const machine = { ...previous.machine, ...report.machine };
+  writeFileSync(out, `${JSON.stringify({ ...previous, ...report, machine, settings }, null, 2)}\n`);
   console.log(`Written to bench/results/latest.json`);
 } finally {
   for (const close of closers.reverse()) {
