@@ -357,6 +357,54 @@ TEST_F(MergeOnDisk, CutOffAnywhereEverybodyReadsTheSameAndItCanBeRepeated) {
   FAIL() << "it never came to an end";
 }
 
+// The engine of one merge died, and the next one, somewhere else, finds in the device's cache what it had not flushed. Then the power goes,
+// and tears whatever is not durable.
+TEST_F(MergeOnDisk, WhatAMergeFoundInTheCacheOnlyIsDurableBeforeItsOtherCopyIsWrittenOver) {
+  const auto before = views();
+  const std::vector<std::vector<std::byte>> saved = save();
+  // Carries out so many changes, or all: true.
+  const auto merge = [&](uint64_t changes) {
+    uint64_t count = 0;
+    device.set_faults([&](MemoryDisk::Op op, uint64_t, uint64_t) {
+      return op != MemoryDisk::Op::kRead && count++ >= changes ? MemoryDisk::Fault::kError : MemoryDisk::Fault::kNone;
+    });
+    const bool through = merge_layers(device, s, victims(), head(), 1000, 0).ok();
+    device.set_faults(nullptr);
+    return through;
+  };
+  // Of each page that is not durable the first 64 bytes arrive.
+  const auto tear = [&] {
+    std::vector<std::vector<std::byte>> written;
+    for (uint64_t slab = 0; slab < 6; slab++) {
+      const std::byte* pages = device.raw(slab_page_offset(s, slab));
+      written.emplace_back(pages, pages + format::kSlabPairSize);
+    }
+    device.power_cut([](uint64_t) { return false; });
+    for (uint64_t slab = 0; slab < 6; slab++) {
+      for (size_t copy = 0; copy < format::kSlabPairSize; copy += format::kPageSize) {
+        std::memcpy(device.raw(slab_page_offset(s, slab) + copy), written[slab].data() + copy, 64);
+      }
+    }
+  };
+  bool whole = false;
+  uint64_t first = 0;
+  for (; !whole; first++) {
+    bool through = false;
+    for (uint64_t second = 0; !through; second++) {
+      restore(saved);
+      ASSERT_OK(device.flush());
+      whole = merge(first);
+      through = merge(second);
+      tear();
+      ASSERT_EQ(views(), before) << "stopped at " << first << ", then at " << second;
+      ASSERT_TRUE(merge(~uint64_t{0}));
+      ASSERT_EQ(views(), before) << "stopped at " << first << ", then at " << second << ", and repeated";
+      ASSERT_EQ(findings(), "") << "stopped at " << first << ", then at " << second << ", and repeated";
+    }
+  }
+  EXPECT_GT(first, 10u);
+}
+
 TEST_F(MergeOnDisk, ASlabThatWouldCostTooManyChunksStaysAndOneThatIsDamagedStopsIt) {
   const auto before = views();
   Result<MergeReport> report = merge_layers(device, s, victims(), head(), 0, 0);
