@@ -409,7 +409,10 @@ class RunningAgent implements Agent {
         );
       }
     }
-    if (this.#service.connected) this.#volumes.sendReturns();
+    if (this.#service.connected) {
+      this.#volumes.sendReturns();
+      this.#volumes.tellOpened();
+    }
     this.#reconcilePools();
   }
 
@@ -447,6 +450,7 @@ class RunningAgent implements Agent {
     this.#accepted = new Set(welcome.accepted_pools);
     this.#sessionId = welcome.session_id;
     if (this.#service.connected) return; // a later Welcome only tells of newly accepted pools
+    this.#volumes.helloHeard();
     const kept = new Map(welcome.stock.map((stock) => [stock.pool_uuid, stock.runs.map(runFromWire)]));
     for (const pool of this.#pools.values()) {
       if (!pool.dead) pool.keepStock(kept.get(pool.uuid) ?? []);

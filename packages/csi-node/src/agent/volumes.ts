@@ -20,6 +20,7 @@ import type {
   VolumeCut__Output,
   VolumeCutResult,
 } from '@holdfast/proto';
+import { Backoff } from './backoff.ts';
 import {
   fromNativeError,
   isTransient,
@@ -40,6 +41,9 @@ const returnWaitMs = 5000;
 const awayWaitMs = 300;
 /** How long the answer to a revocation waits until earlier claims are in the service's books. */
 const reportWaitMs = 8000;
+/** Between attempts to tell the service that a volume is open. */
+const tellFirstMs = 500;
+const tellMostMs = 10_000;
 
 export interface LocalVolume {
   uuid: string;
@@ -59,6 +63,14 @@ export interface LocalVolume {
   claimed: Map<bigint, Slab>;
 }
 
+/** Open here, and the service could not be told so. */
+interface Untold {
+  volume: LocalVolume;
+  backoff: Backoff;
+  notBeforeMs: number;
+  telling: boolean;
+}
+
 /** Not open here. In answer to a revocation: and never again under this epoch or an older one. */
 export class UnknownVolume extends Error {
   readonly code = 'UNKNOWN_VOLUME';
@@ -68,6 +80,7 @@ export class Volumes {
   readonly #open = new Map<string, LocalVolume>();
   /** Granted, not open yet: part of what this node holds. */
   readonly #opening = new Map<string, { pool: HostedPool; epoch: bigint }>();
+  readonly #untold = new Map<string, Untold>();
   /** Open without a device, for as long as it takes to compact them. */
   readonly #maintained = new Map<string, LocalVolume>();
   /** A grant at or below this epoch was revoked here: its late answer must not open the volume. */
@@ -385,7 +398,7 @@ export class Volumes {
     this.#opening.delete(uuid);
     this.#logger.info({ ...where, device: volume.native.export.devicePath }, 'Opened a volume');
     try {
-      await this.#service.volumeOpened({ host: pool.host, volume_uuid: uuid, epoch: grant.epoch });
+      await this.#tellOpened(volume);
     } catch (error) {
       if (!isTransient(error)) {
         this.#logger.warn(where, `The metadata service refused the opening: ${messageOf(error)}`);
@@ -394,9 +407,50 @@ export class Volumes {
         await this.#detach(volume);
         throw error;
       }
-      // Offered or open is the same right; the next Hello says that it is open.
+      // Offered or open is the same right. But until the service knows, it cuts no snapshot of it.
+      const backoff = new Backoff(tellFirstMs, tellMostMs);
+      const notBeforeMs = performance.now() + backoff.next();
+      this.#untold.set(uuid, { volume, backoff, notBeforeMs, telling: false });
     }
     return this.#answer(volume);
+  }
+
+  #tellOpened({ pool, uuid, epoch }: LocalVolume): Promise<void> {
+    return this.#service.volumeOpened({ host: pool.host, volume_uuid: uuid, epoch: epoch.toString() });
+  }
+
+  /** Tells again what is open and could not be told, in the background, when it is time. */
+  tellOpened(): void {
+    for (const [uuid, untold] of this.#untold) {
+      const { volume } = untold;
+      if (this.#open.get(uuid) !== volume || volume.revoked || volume.pool.dead) this.#untold.delete(uuid);
+      else if (!untold.telling && performance.now() >= untold.notBeforeMs) void this.#tellAgain(untold);
+    }
+  }
+
+  async #tellAgain(untold: Untold): Promise<void> {
+    const { volume } = untold;
+    const where = { volume: volume.uuid, epoch: volume.epoch.toString() };
+    untold.telling = true;
+    try {
+      await this.#tellOpened(volume);
+      this.#logger.info(where, 'The metadata service knows now that the volume is open');
+    } catch (error) {
+      if (isTransient(error)) {
+        untold.notBeforeMs = performance.now() + untold.backoff.next();
+        return;
+      }
+      // The grant is over, or being taken back: that it is has an order of its own, and by now the volume may be mounted.
+      this.#logger.warn(where, `The metadata service refused the opening: ${messageOf(error)}`);
+    } finally {
+      untold.telling = false;
+    }
+    if (this.#untold.get(volume.uuid) === untold) this.#untold.delete(volume.uuid);
+  }
+
+  /** The service has heard a Hello, which names all that is open. */
+  helloHeard(): void {
+    this.#untold.clear();
   }
 
   // ------------------------------------------------------------------------------------------ closing
