@@ -1,8 +1,10 @@
 /** Pools that grow, are drained and are removed, with agents of a test behind real gRPC. */
+import { randomUUID } from 'node:crypto';
 import { mkdtemp, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
+import { volumeContext } from '@holdfast/common';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 import type { MetadataServiceOptions } from '../src/index.ts';
 import { tables } from '../src/model/records.ts';
@@ -224,6 +226,63 @@ describe('a pool that is removed', () => {
     await store.close();
     expect(left.map(([name]) => name)).toEqual(['removedPool']);
     c = await Cluster.start();
+  });
+
+  it('keeps layers that only the disk names until somebody says that nobody needs them, and wipes nothing', async () => {
+    const node = await c.node('node-1', [disk]);
+    const uuid = randomUUID();
+    const layer = (id: number, parent: number, frozen = true) => ({
+      layer_id: String(id),
+      slot: id,
+      parent_layer_id: String(parent),
+      birth: String(id),
+      size_bytes: String(1 << 30),
+      frozen,
+    });
+    disk.records.set(uuid, {
+      volumeId: '70',
+      uuid,
+      name: 'lost',
+      sizeBytes: String(1 << 30),
+      state: 'closed',
+      epoch: 5n,
+      hostId: 9,
+      generation: '1',
+      slot: 5,
+      layers: [layer(82, 81, false), layer(81, 80), layer(80, 0)],
+    });
+    for (const [slab, layerId] of [
+      [700, 80n],
+      [701, 81n],
+      [702, 82n],
+    ] as const)
+      disk.pages.set(slab, { generation: 40n, layerId, bad: false, blocks: new Set([slab]) });
+    const context = { poolUuid: disk.uuid, name: 'lost', sizeBytes: 1n << 30n, parameters: {} };
+    await c.publish(uuid, node, { volume_context: volumeContext(context) });
+    await c.unpublish(uuid, node);
+    await c.rpc('DeleteVolume', { uuid });
+    await c.rpc('DrainPool', { pool_uuid: disk.uuid });
+    await until(async () => (await c.pool(disk)).contents?.layers === '2', 'the top is wiped');
+    expect((await c.pool(disk)).contents).toMatchObject({ volumes: '0', volumes_deleting: '0', kept_layers: '2' });
+    await expect(c.rpc('RemovePool', { pool_uuid: disk.uuid })).rejects.toMatchObject({
+      code: 'IN_USE',
+      message: expect.stringMatching(/2 layers\. .* pool remove pool --forget-kept-layers/) as string,
+    });
+    expect((await c.pool(disk)).state).not.toBe('REMOVING');
+    await c.rpc('UndrainPool', { pool_uuid: disk.uuid });
+    const other = await c.create('other');
+    await c.rpc('DrainPool', { pool_uuid: disk.uuid });
+    const forget = { pool_uuid: disk.uuid, forget_kept_layers: true };
+    await expect(c.rpc('RemovePool', forget)).rejects.toMatchObject({
+      code: 'IN_USE',
+      message: expect.stringContaining('1 volume (other)') as string,
+    });
+    await c.rpc('DeleteVolume', { uuid: other.uuid });
+    await c.rpc('RemovePool', forget);
+    expect(await c.rpc('ListPools')).toEqual({ pools: [] });
+    expect([...disk.pages.keys()]).toEqual([700, 701]);
+    const [begun] = (await c.audit()).filter((record) => record.event === 'pool-removing');
+    expect(begun?.proof).toContain('2 layers that only the disk names');
   });
 
   it('waits for a node that is away, and says how to help', async () => {

@@ -207,6 +207,7 @@ function contentsText(pool: Pool__Output): string {
     ...some(contents.volumes_deleting, 'deleted volume'),
     ...some(contents.grants, 'open grant'),
     ...some(contents.layers, 'layer'),
+    ...some(contents.kept_layers, 'of them named by the disk alone'),
   ];
   return left.length === 0
     ? `nothing: \`holdfast pool remove ${pool.name}\` forgets the pool`
@@ -246,13 +247,22 @@ function drainWith(method: 'DrainPool' | 'UndrainPool') {
   };
 }
 
-async function remove(word: string, _flags: unknown, command: Command): Promise<void> {
+async function remove(
+  word: string,
+  flags: { forgetKeptLayers?: boolean },
+  command: Command,
+): Promise<void> {
   await withMetadata(command, async (api) => {
     // A UUID also names a pool that has gone since an earlier call, which is success.
     const uuid = /^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/.test(word)
       ? word
       : (await api.pool(word)).uuid;
-    const request = { request_id: randomUUID(), pool_uuid: uuid, asked_by: userInfo().username };
+    const request = {
+      request_id: randomUUID(),
+      pool_uuid: uuid,
+      asked_by: userInfo().username,
+      forget_kept_layers: flags.forgetKeptLayers === true,
+    };
     await api.run((c) => call(c, c.RemovePool, request, { timeoutMs: waitMs }));
   });
   if (globals(command).output === 'json') printJson({ removed: word });
@@ -324,6 +334,7 @@ export function addPoolCommands(program: Command): void {
   pool
     .command('remove <pool>')
     .description('forget a drained pool on which nothing is left, and let its device go')
+    .option('--forget-kept-layers', 'also with layers that only its disk names, if nobody needs them')
     .action(remove);
   pool
     .command('check <pool>')

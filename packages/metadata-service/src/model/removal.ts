@@ -7,6 +7,7 @@
 import { HoldfastError } from '@holdfast/common';
 import type { Snapshot } from '../store/store.ts';
 import { audit, requirePool, type Decision } from './decision.ts';
+import { chainOf } from './layers.ts';
 import { tables, type PoolRecord } from './records.ts';
 
 /** Names in an answer to people. */
@@ -17,6 +18,8 @@ export interface PoolContents {
   deleting: number;
   snapshots: number;
   layers: number;
+  /** Of the layers: those that only the disk names, and those below them. Nothing ever wipes them. */
+  keptLayers: number;
   grants: number;
   volumeNames: string[];
   snapshotNames: string[];
@@ -27,12 +30,14 @@ export function contentsOf(tx: Snapshot, poolUuid: string): PoolContents {
   const living = volumes.filter((volume) => volume.state !== 'DELETING');
   const snapshots = tables.snapshot.list(tx).filter((snapshot) => snapshot.poolUuid === poolUuid);
   const layers = tables.layer.list(tx, [poolUuid]).filter((layer) => layer.removed?.wiped !== true);
+  const kept = layers.filter((layer) => layer.kept).flatMap((layer) => chainOf(tx, poolUuid, layer.layerId));
   const grants = volumes.flatMap((volume) => [volume.grant, ...volume.readers]);
   return {
     volumes: living.length,
     deleting: volumes.length - living.length,
     snapshots: snapshots.length,
     layers: layers.length,
+    keptLayers: new Set(kept.map((layer) => layer.layerId)).size,
     grants: grants.filter((grant) => grant.state !== 'FREE').length,
     volumeNames: living.slice(0, maxNames).map((volume) => volume.name),
     snapshotNames: snapshots.slice(0, maxNames).map((snapshot) => snapshot.name),
@@ -70,8 +75,12 @@ export function undrainPool(d: Decision, poolUuid: string, by: string): void {
   audit(d, 'pool-undrained', { poolUuid, detail: `${pool.name}, asked for by ${by}` });
 }
 
-/** The removal begins; one under way goes on, one that has ended is success. @throws HoldfastError IN_USE, FAILED_PRECONDITION */
-export function beginRemoval(d: Decision, poolUuid: string, by: string): void {
+/**
+ * The removal begins; one under way goes on, one that has ended is success. Layers that only the disk names keep the pool until somebody says
+ * that they may be forgotten: whether anybody could want them is for a person to know. Nothing is wiped for it.
+ * @throws HoldfastError IN_USE, FAILED_PRECONDITION
+ */
+export function beginRemoval(d: Decision, poolUuid: string, by: string, forgetKept = false): void {
   if (tables.removedPool.get(d.tx, poolUuid) !== undefined) return;
   const pool = requirePool(d, poolUuid);
   if (pool.removing) return;
@@ -81,16 +90,20 @@ export function beginRemoval(d: Decision, poolUuid: string, by: string): void {
       `Pool ${pool.name} is not drained, so something new may be placed on it at any time. First run: holdfast pool drain ${pool.name}`,
     );
   }
-  refuseContents(pool, contentsOf(d.tx, poolUuid));
+  const contents = contentsOf(d.tx, poolUuid);
+  refuseContents(pool, contents, forgetKept);
   tables.pool.put(d.tx, { ...pool, removing: true }, poolUuid);
   audit(d, 'pool-removing', {
     poolUuid,
-    proof: 'no volume, snapshot, layer or grant is left',
+    proof:
+      contents.keptLayers === 0
+        ? 'no volume, snapshot, layer or grant is left'
+        : `no volume, snapshot or grant is left, and ${by} says that nobody needs the ${contents.keptLayers} layers that only the disk names`,
     detail: `${pool.name}, asked for by ${by}`,
   });
 }
 
-function refuseContents(pool: PoolRecord, contents: PoolContents): void {
+function refuseContents(pool: PoolRecord, contents: PoolContents, forgetKept: boolean): void {
   const some = (count: number, what: string, names: readonly string[] = []): string[] => {
     if (count === 0) return [];
     const named = names.length === 0 ? '' : ` (${names.join(', ')}${count > names.length ? ', …' : ''})`;
@@ -103,13 +116,18 @@ function refuseContents(pool: PoolRecord, contents: PoolContents): void {
     ...some(contents.grants, 'open grant'),
   ];
   const layers = some(contents.layers, 'layer');
-  if (left.length === 0 && layers.length === 0) return;
+  const ends = contents.layers > contents.keptLayers; // by itself
+  if (left.length === 0 && !ends && (contents.keptLayers === 0 || forgetKept)) return;
   throw new HoldfastError(
     'IN_USE',
     `Pool ${pool.name} still has ${[...left, ...layers].join(', ')}. ` +
-      (contents.volumes + contents.snapshots === 0
-        ? 'They are being wiped: repeat the call when that has ended.'
-        : 'Delete or move what is left, then repeat the call.'),
+      (contents.volumes + contents.snapshots > 0
+        ? 'Delete or move what is left, then repeat the call.'
+        : left.length > 0 || ends
+          ? 'They are being wiped: repeat the call when that has ended.'
+          : 'They were found on its disk, and snapshots or volumes that this database does not know may need them: nothing wipes them. ' +
+            'A volume that still has a PersistentVolume is known again when it is published. When nobody needs what is left, ' +
+            `run: holdfast pool remove ${pool.name} --forget-kept-layers`),
   );
 }
 

@@ -459,7 +459,7 @@ export class MetadataApi {
     const uuid = request.pool_uuid;
     await this.#core.decide((d) =>
       once(d, 'RemovePool', request, () => {
-        beginRemoval(d, uuid, request.asked_by || 'a person');
+        beginRemoval(d, uuid, request.asked_by || 'a person', request.forget_kept_layers);
         return null;
       }),
     );

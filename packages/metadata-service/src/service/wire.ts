@@ -216,6 +216,7 @@ export function poolToWire(pool: PoolRecord, hosts: Host[], standing: PoolStandi
             volumes_deleting: contents.deleting.toString(),
             snapshots: contents.snapshots.toString(),
             layers: contents.layers.toString(),
+            kept_layers: contents.keptLayers.toString(),
             grants: contents.grants.toString(),
             volume_names: contents.volumeNames,
             snapshot_names: contents.snapshotNames,
