@@ -7,6 +7,7 @@
  * it. So before each Hello the agent lets every call end, and starts none until the Welcome is there.
  */
 import { randomUUID } from 'node:crypto';
+import { setImmediate as nextTurn } from 'node:timers/promises';
 import { call, clientOptions, grpcTarget, HoldfastError, type Logger } from '@holdfast/common';
 import {
   holdfast,
@@ -199,10 +200,11 @@ export class MetadataConnection {
     return reason;
   }
 
-  /** Resolves when no unary call is under way. */
+  /** Resolves when no unary call is under way, and whoever made the last ones has had a turn to note the answers. */
   async #quiet(): Promise<void> {
     while (this.#underWay > 0 && !this.#stop.signal.aborted) {
       await new Promise<void>((resolve) => this.#idleWaiters.push(resolve));
+      await nextTurn();
     }
   }
 

@@ -102,6 +102,22 @@ describe('the word that a volume is open', () => {
     return uuid;
   };
 
+  it('is in the Hello that waited for the answer to its grant', async () => {
+    let answer = (): void => undefined;
+    service.beforeGrant = new Promise((resolve) => {
+      answer = resolve;
+    });
+    const opened = open();
+    await waitFor('the question', () => service.asked === 1);
+    service.breakSession();
+    await pause(500); // the next session waits for the call by now
+    expect(service.hellos).toBe(1);
+    answer();
+    const uuid = await opened;
+    expect(service.hellos).toBe(2);
+    expect(service.held).toMatchObject([{ volume_uuid: uuid, epoch: '5' }]);
+  });
+
   it('is said again until the service has heard it, and then no more', async () => {
     const uuid = await untold();
     const before = service.told.length;

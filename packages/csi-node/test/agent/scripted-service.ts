@@ -32,7 +32,8 @@ export class ScriptedService {
   /** Every VolumeOpened that arrived, and what it is answered with: undefined is success. */
   readonly told: VolumeOpenedRequest__Output[] = [];
   openedError: HoldfastError | undefined;
-  /** StageVolume is answered when this has resolved. */
+  /** StageVolume calls, which are answered when this has resolved. */
+  asked = 0;
   beforeGrant: Promise<void> = Promise.resolve();
   hellos = 0;
   held: HeldVolume__Output[] = [];
@@ -71,6 +72,7 @@ export class ScriptedService {
         StageVolume: unary(logger, 'StageVolume', async (request: { volume_uuid: string }) => {
           const grant = this.grants.get(request.volume_uuid);
           if (grant === undefined) throw new HoldfastError('FAILED_PRECONDITION', 'No grant is scripted.');
+          this.asked += 1;
           await this.beforeGrant;
           return grant;
         }),
