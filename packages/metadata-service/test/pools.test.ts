@@ -263,7 +263,11 @@ describe('a pool that is removed', () => {
     await c.rpc('DeleteVolume', { uuid });
     await c.rpc('DrainPool', { pool_uuid: disk.uuid });
     await until(async () => (await c.pool(disk)).contents?.layers === '2', 'the top is wiped');
-    expect((await c.pool(disk)).contents).toMatchObject({ volumes: '0', volumes_deleting: '0', kept_layers: '2' });
+    expect((await c.pool(disk)).contents).toMatchObject({
+      volumes: '0',
+      volumes_deleting: '0',
+      kept_layers: '2',
+    });
     await expect(c.rpc('RemovePool', { pool_uuid: disk.uuid })).rejects.toMatchObject({
       code: 'IN_USE',
       message: expect.stringMatching(/2 layers\. .* pool remove pool --forget-kept-layers/) as string,

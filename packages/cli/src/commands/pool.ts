@@ -247,11 +247,7 @@ function drainWith(method: 'DrainPool' | 'UndrainPool') {
   };
 }
 
-async function remove(
-  word: string,
-  flags: { forgetKeptLayers?: boolean },
-  command: Command,
-): Promise<void> {
+async function remove(word: string, flags: { forgetKeptLayers?: boolean }, command: Command): Promise<void> {
   await withMetadata(command, async (api) => {
     // A UUID also names a pool that has gone since an earlier call, which is success.
     const uuid = /^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/.test(word)

@@ -7,7 +7,7 @@
 import { HoldfastError } from '@holdfast/common';
 import type { Snapshot } from '../store/store.ts';
 import { audit, requirePool, type Decision } from './decision.ts';
-import { chainOf } from './layers.ts';
+import { requireLayer } from './layers.ts';
 import { tables, type PoolRecord } from './records.ts';
 
 /** Names in an answer to people. */
@@ -30,14 +30,21 @@ export function contentsOf(tx: Snapshot, poolUuid: string): PoolContents {
   const living = volumes.filter((volume) => volume.state !== 'DELETING');
   const snapshots = tables.snapshot.list(tx).filter((snapshot) => snapshot.poolUuid === poolUuid);
   const layers = tables.layer.list(tx, [poolUuid]).filter((layer) => layer.removed?.wiped !== true);
-  const kept = layers.filter((layer) => layer.kept).flatMap((layer) => chainOf(tx, poolUuid, layer.layerId));
+  const kept = new Set<bigint>();
+  for (const layer of layers) {
+    let id = layer.kept ? layer.layerId : 0n;
+    while (id !== 0n && !kept.has(id)) {
+      kept.add(id);
+      id = requireLayer(tx, poolUuid, id).parentLayerId;
+    }
+  }
   const grants = volumes.flatMap((volume) => [volume.grant, ...volume.readers]);
   return {
     volumes: living.length,
     deleting: volumes.length - living.length,
     snapshots: snapshots.length,
     layers: layers.length,
-    keptLayers: new Set(kept.map((layer) => layer.layerId)).size,
+    keptLayers: kept.size,
     grants: grants.filter((grant) => grant.state !== 'FREE').length,
     volumeNames: living.slice(0, maxNames).map((volume) => volume.name),
     snapshotNames: snapshots.slice(0, maxNames).map((snapshot) => snapshot.name),
