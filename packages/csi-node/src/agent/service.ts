@@ -202,10 +202,11 @@ export class MetadataConnection {
 
   /** Resolves when no unary call is under way, and whoever made the last ones has had a turn to note the answers. */
   async #quiet(): Promise<void> {
-    while (this.#underWay > 0 && !this.#stop.signal.aborted) {
-      await new Promise<void>((resolve) => this.#idleWaiters.push(resolve));
+    do {
+      if (this.#underWay > 0 && !this.#stop.signal.aborted)
+        await new Promise<void>((resolve) => this.#idleWaiters.push(resolve));
       await nextTurn();
-    }
+    } while (this.#underWay > 0 && !this.#stop.signal.aborted);
   }
 
   async #ready(): Promise<void> {
