@@ -45,7 +45,7 @@ const lines = [
 ];
 if (r.fresh) {
   lines.push('## First writes to a fresh thin volume', '',
-    'On a disk that was written all over beforehand, as a LUN is.', '', row(['workload', 'first write IOPS', 'rewrite IOPS', 'ratio', 'goal']),
+    'On a disk that was written all over beforehand, as a LUN is; both end with a flush, and count what is on the disk.', '', row(['workload', 'first write IOPS', 'rewrite IOPS', 'ratio', 'goal']),
     row(['---', '--:', '--:', '--:', '---']),
     ...r.fresh.map((f) => row([f.workload, n(f.first.iops), n(f.rewrite.iops), n(f.ratio, 2), verdict(f.ratio, freshGoals[f.workload])])), '');
 }
