@@ -138,7 +138,7 @@ export class Cluster {
 
   /**
    * A power cut: every process of the node ends at once. What its own kernel would have taken with it, and this one keeps, is taken away: devices
-   * whose engine is gone.
+   * whose engine is gone, and cgroups (a kubelet that boots spends 3 s on each of a container that is gone).
    */
   async killNode(node) {
     const connections = fuseConnections(processesBelow(node.child.pid));
@@ -150,6 +150,7 @@ export class Cluster {
       detach(loopsOver(connections));
       return loopsOver(connections).length === 0;
     });
+    await until(`the cgroups of ${node.name} to be empty`, () => removeCgroups(node.name));
   }
 
   /** Starts a node that was killed, as a machine that boots: with its disk and its name, without anything that it had in memory. */
@@ -158,6 +159,7 @@ export class Cluster {
     await run('ip', ['link', 'delete', `veth${node.index}`]);
     await run('ip', ['netns', 'delete', node.name]);
     await this.#plugIn(node.index);
+    this.#makeCgroups(node.name);
     this.#startNode(node);
     await until(
       `the kubelet of ${node.name} to be back`,
@@ -285,9 +287,9 @@ function kubeletConfig(name) {
   };
 }
 
-/** Whether all are gone. */
-export function removeCgroups() {
-  const roots = cgroupHierarchies().map((hierarchy) => join(hierarchy, 'holdfast-e2e'));
+/** Of one node, or all. Whether they are gone. */
+export function removeCgroups(node = '') {
+  const roots = cgroupHierarchies().map((hierarchy) => join(hierarchy, 'holdfast-e2e', node));
   for (const root of roots) removeCgroup(root);
   return !roots.some((root) => existsSync(root));
 }
