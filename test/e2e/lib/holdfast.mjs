@@ -85,6 +85,11 @@ export class Holdfast {
       ],
       volumeSnapshotClasses: [{ name: 'holdfast' }, { name: 'holdfast-quiesced', parameters: { 'holdfast.io/quiesce': 'true' } }],
       volumeGroupSnapshotClasses: [{ name: 'holdfast' }],
+      volumeAttributesClasses: [
+        { name: 'holdfast-stays', parameters: { 'holdfast.io/evict': 'false' } },
+        { name: 'holdfast-moves', parameters: { 'holdfast.io/evict': 'true' } },
+        { name: 'holdfast-unknown', parameters: { iops: '5' } },
+      ],
     };
   }
 

@@ -72,6 +72,32 @@ export const volumeSpecs = [
     },
   },
   {
+    name: 'a claim takes its VolumeAttributesClass, and another one later; one with an unknown parameter is refused with an event',
+    body: async ({ cluster, holdfast }) => {
+      await holdfast.claim('attributes', { storageClass: 'holdfast-now', attributesClass: 'holdfast-stays' });
+      const current = (name) => async () => {
+        const { status } = await cluster.get('pvc', 'attributes');
+        return status.phase === 'Bound' && status.currentVolumeAttributesClassName === name;
+      };
+      const change = (name) => cluster.kubectl(['patch', 'pvc', 'attributes', '--patch', JSON.stringify({ spec: { volumeAttributesClassName: name } })]);
+      await until('the claim to be bound with its class', current('holdfast-stays'));
+      const { csi } = (await cluster.get('pv', (await cluster.get('pvc', 'attributes')).spec.volumeName)).spec;
+      const parameters = async () => (await holdfast.cli('volume', 'show', csi.volumeHandle)).mutableParameters;
+      assert.deepEqual(await parameters(), { 'holdfast.io/evict': 'false' });
+      await change('holdfast-moves');
+      await until('the claim to have its second class', current('holdfast-moves'));
+      assert.deepEqual(await parameters(), { 'holdfast.io/evict': 'true' });
+      await change('holdfast-unknown');
+      await until('the unknown parameter to be refused', async () => {
+        const { items } = await cluster.get('events', '--field-selector', 'involvedObject.name=attributes,type=Warning');
+        return items.some(({ reason, message }) => reason === 'VolumeModifyFailed' && /Unknown mutable parameter "iops"\. Known: holdfast\.io\/evict/.test(message));
+      });
+      assert.equal((await cluster.get('pvc', 'attributes')).status.currentVolumeAttributesClassName, 'holdfast-moves');
+      assert.deepEqual(await parameters(), { 'holdfast.io/evict': 'true' });
+      await holdfast.deleteClaims('attributes');
+    },
+  },
+  {
     name: 'storage capacity is published for each class, so that the scheduler sees how much room a pool has',
     body: async ({ cluster }) => {
       await until('CSIStorageCapacity objects', async () => {
