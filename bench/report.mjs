@@ -99,7 +99,7 @@ function kubernetes({ date, machine, kubernetes: version, passed, failed, figure
     ['a claim grown from 1 to 3 GiB, to a grown file system', f.expand_s, undefined],
     ['an agent killed under load: the longest time without a flushed write', f.agent_kill_pause_s, undefined],
     ['a node killed: its StatefulSet\'s pod writes on another node', f.failover_s, 30],
-    ['a node without power: not even its connections break', f.failover_silent_s, undefined],
+    ['a node without power: not even its connections break', f.failover_silent_s, 30],
     ['a node cut off that goes on writing (Kubernetes has to give it up first)', f.cut_off_s, undefined],
   ];
   return [
