@@ -45,7 +45,7 @@ const lines = [
 ];
 if (r.fresh) {
   lines.push('## First writes to a fresh thin volume', '',
-    'On a disk that was written all over beforehand, as a LUN is.', '', row(['workload', 'first write IOPS', 'rewrite IOPS', 'ratio', 'goal']),
+    'On a disk that was written all over beforehand, as a LUN is; both end with a flush, and count what is on the disk.', '', row(['workload', 'first write IOPS', 'rewrite IOPS', 'ratio', 'goal']),
     row(['---', '--:', '--:', '--:', '---']),
     ...r.fresh.map((f) => row([f.workload, n(f.first.iops), n(f.rewrite.iops), n(f.ratio, 2), verdict(f.ratio, freshGoals[f.workload])])), '');
 }
@@ -99,7 +99,7 @@ function kubernetes({ date, machine, kubernetes: version, passed, failed, figure
     ['a claim grown from 1 to 3 GiB, to a grown file system', f.expand_s, undefined],
     ['an agent killed under load: the longest time without a flushed write', f.agent_kill_pause_s, undefined],
     ['a node killed: its StatefulSet\'s pod writes on another node', f.failover_s, 30],
-    ['a node without power: not even its connections break', f.failover_silent_s, undefined],
+    ['a node without power: not even its connections break', f.failover_silent_s, 30],
     ['a node cut off that goes on writing (Kubernetes has to give it up first)', f.cut_off_s, undefined],
   ];
   return [

@@ -60,13 +60,13 @@ TEST(DataHazard, AClaimHasBothCopiesDurableBeforeAnyDataGoesIn) {
   bench.device.set_delay([&](const IoRequest& request) {
     if (request.op == IoOp::kWrite) {
       const bool page = request.offset < bench.superblock.first_region_offset + format::kRegionPagesSize;
-      order.push_back(page ? (request.offset / kBlock % 2 == 0 ? "A" : "B") + std::string(request.fua ? " durable" : "")
-                           : "data");
+      order.push_back(page ? request.offset / kBlock % 2 == 0 ? "A" : "B" : "data");
     }
+    if (request.op == IoOp::kFlush) order.push_back("flush");
     return uint64_t{0};
   });
   ASSERT_EQ(bench.write(0, kBlock, 1), 0);
-  EXPECT_EQ(order, (std::vector<std::string>{"A durable", "B durable", "data"}));
+  EXPECT_EQ(order, (std::vector<std::string>{"A", "flush", "B", "flush", "data"}));
 }
 
 // Writes, frees and writes elsewhere, cutting the power at every step of it: a chunk whose freeing is not durable in
@@ -760,12 +760,13 @@ TEST(DataHazard, AClaimThatWasCutOffIsMadeAgainBeforeDataGoesIn) {
   bench.errors.set_judge([&](const IoRequest& request) {
     if (request.op == IoOp::kWrite) {
       const bool page = request.offset < bench.superblock.first_region_offset + format::kRegionPagesSize;
-      order.push_back(!page ? "data" : request.fua ? "durable page" : "page");
+      order.push_back(page ? "page" : "data");
     }
+    if (request.op == IoOp::kFlush) order.push_back("flush");
     return ErrorDevice::Verdict{};
   });
   ASSERT_EQ(bench.write(0, kBlock, 2), 0);
-  EXPECT_EQ(order, (std::vector<std::string>{"durable page", "durable page", "data"}));
+  EXPECT_EQ(order, (std::vector<std::string>{"page", "flush", "page", "flush", "data"}));
 }
 
 // Killed between taking a slab from the stock and looking at its page: the slab was somebody else's all along.

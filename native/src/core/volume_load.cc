@@ -14,6 +14,11 @@ using format::kPageSize;
 using format::SlabEntry;
 using format::SlabPage;
 
+namespace {
+// Lookups for which memory is asked ahead: as many as a core has at a time. It drops what comes on top.
+constexpr uint32_t kAhead = 16;
+}  // namespace
+
 // ---- slab pages
 
 void VolumeOpener::plan_reads() {
@@ -258,7 +263,7 @@ void VolumeOpener::load(const Granted& granted, const SlabPage& disk, const Copi
 
   if (granted.layer == 0) volume.add_to_top(index);
   VolumeImpl::Layer& layer = layer_of(granted.layer);
-  for (const SlabEntry& entry : page.entries) layer.map.prefetch(entry.logical_chunk);
+  for (uint32_t c = 0; c < kAhead; c++) layer.map.prefetch(page.entries[c].logical_chunk);
   uint32_t run_first = kNoChunk;
   uint32_t run_place = 0;
   uint32_t run_length = 0;
@@ -268,6 +273,7 @@ void VolumeOpener::load(const Granted& granted, const SlabPage& disk, const Copi
   };
   for (uint32_t c = 0; c < kChunksPerSlab; c++) {
     const SlabEntry& entry = page.entries[c];
+    if (c + kAhead < kChunksPerSlab) layer.map.prefetch(page.entries[c + kAhead].logical_chunk);
     if (entry.logical_chunk == kNoChunk) continue;
     volume.data_chunks_ += entry.data != 0;
     const uint32_t chunk = entry.logical_chunk;

@@ -3,7 +3,8 @@
 // everything with it.
 import { randomUUID } from 'node:crypto';
 import { existsSync, mkdirSync, readdirSync, readFileSync, rmdirSync, writeFileSync } from 'node:fs';
-import { dirname, join } from 'node:path';
+import { Agent, get as httpsGet } from 'node:https';
+import { basename, dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { makePki, makeTokens } from './pki.mjs';
 import { abortConnections, childrenOf, detach, fuseConnections, loopsOver, processesBelow } from './residue.mjs';
@@ -15,12 +16,24 @@ const server = `https://${lab}:6443`;
 const serviceRange = '10.96.0.0/16';
 const nodeScript = join(dirname(fileURLToPath(import.meta.url)), 'node.sh');
 export const sandboxImage = 'holdfast.test/busybox:1';
+/** Images of pods that the chart's values keep on the first node. To import one takes a node seconds. */
+const onFirstNode = ['metadata-service', 'csi-controller', 'csi-provisioner', 'csi-attacher', 'csi-resizer', 'csi-snapshotter'];
+/** What specs look at again and again: where it is, without asking kubectl. */
+const paths = {
+  pod: '/api/v1/namespaces/default/pods',
+  pvc: '/api/v1/namespaces/default/persistentvolumeclaims',
+  pv: '/api/v1/persistentvolumes',
+  node: '/api/v1/nodes',
+  volumesnapshot: '/apis/snapshot.storage.k8s.io/v1/namespaces/default/volumesnapshots',
+  volumegroupsnapshot: '/apis/groupsnapshot.storage.k8s.io/v1/namespaces/default/volumegroupsnapshots',
+};
 
 export class Cluster {
   nodes = [];
   #directory;
   #images;
   #tokens;
+  #admin;
   #children = [];
 
   constructor(directory, images) {
@@ -78,6 +91,8 @@ export class Cluster {
       { name: 'proxy', user: 'system:kube-proxy', groups: [] },
       ...Array.from({ length: count }, (_, i) => ({ name: `node-${i + 1}`, user: `system:node:node-${i + 1}`, groups: ['system:nodes'] })),
     ]);
+    const { users } = JSON.parse(readFileSync(this.#tokens.paths.admin, 'utf8'));
+    this.#admin = { headers: { authorization: `Bearer ${users[0].user.token}` }, agent: new Agent({ keepAlive: true, ca: readFileSync(keys.ca) }) };
     mkdirSync('/run/etcd', { recursive: true, mode: 0o700 });
     this.#service('etcd', 'etcd', ['--data-dir=/run/etcd', '--listen-client-urls=http://127.0.0.1:2379', '--advertise-client-urls=http://127.0.0.1:2379', '--listen-peer-urls=http://127.0.0.1:2380']);
     this.#service('kube-apiserver', tool('kube-apiserver'), [
@@ -127,18 +142,19 @@ export class Cluster {
   }
 
   #startNode(node) {
-    const { name, directory, address } = node;
+    const { index, name, directory, address } = node;
+    const images = index === 1 ? this.#images : this.#images.filter((path) => !onFirstNode.includes(basename(path, '.tar')));
     node.child = start(
       'nsenter',
       [`--net=/run/netns/${name}`, 'unshare', '--mount', '--pid', '--uts', '--fork', '--mount-proc', '--kill-child', 'bash', nodeScript,
-        directory, name, address, lab, dirname(tool('kubelet')), ...this.#images],
+        directory, name, address, lab, dirname(tool('kubelet')), ...images],
       join(this.logDirectory, `${name}.log`),
     );
   }
 
   /**
    * A power cut: every process of the node ends at once. What its own kernel would have taken with it, and this one keeps, is taken away: devices
-   * whose engine is gone.
+   * whose engine is gone, and cgroups (a kubelet that boots spends 3 s on each of a container that is gone).
    */
   async killNode(node) {
     const connections = fuseConnections(processesBelow(node.child.pid));
@@ -150,6 +166,7 @@ export class Cluster {
       detach(loopsOver(connections));
       return loopsOver(connections).length === 0;
     });
+    await until(`the cgroups of ${node.name} to be empty`, () => removeCgroups(node.name));
   }
 
   /** Starts a node that was killed, as a machine that boots: with its disk and its name, without anything that it had in memory. */
@@ -158,6 +175,7 @@ export class Cluster {
     await run('ip', ['link', 'delete', `veth${node.index}`]);
     await run('ip', ['netns', 'delete', node.name]);
     await this.#plugIn(node.index);
+    this.#makeCgroups(node.name);
     this.#startNode(node);
     await until(
       `the kubelet of ${node.name} to be back`,
@@ -212,8 +230,25 @@ export class Cluster {
     return run(tool('helm'), args, { ...options, env: { KUBECONFIG: this.#tokens.paths.admin, HOME: this.#directory } });
   }
 
+  /** Objects, by the words that kubectl would be given. One of those in `paths` costs a request, not a process: specs wait side by side. */
   async get(...args) {
-    return JSON.parse(await this.kubectl(['get', ...args, '-o', 'json']));
+    const [kind, name, ...more] = args;
+    if (more.length > 0 || paths[kind] === undefined) return JSON.parse(await this.kubectl(['get', ...args, '-o', 'json']));
+    return await this.#read(name === undefined ? paths[kind] : `${paths[kind]}/${name}`);
+  }
+
+  #read(path) {
+    return new Promise((done, failed) => {
+      const request = httpsGet(`${server}${path}`, { ...this.#admin, timeout: 10_000 }, (response) => {
+        let said = '';
+        response.setEncoding('utf8').on('data', (part) => (said += part)).on('error', failed).on('end', () => {
+          if (response.statusCode === 200) done(JSON.parse(said));
+          else failed(new Error(`GET ${path}: ${response.statusCode} ${said.slice(0, 500)}`));
+        });
+      });
+      request.on('timeout', () => request.destroy(new Error(`GET ${path}: no answer within 10 s`)));
+      request.on('error', failed);
+    });
   }
 
   async apply(...objects) {
@@ -285,9 +320,9 @@ function kubeletConfig(name) {
   };
 }
 
-/** Whether all are gone. */
-export function removeCgroups() {
-  const roots = cgroupHierarchies().map((hierarchy) => join(hierarchy, 'holdfast-e2e'));
+/** Of one node, or all. Whether they are gone. */
+export function removeCgroups(node = '') {
+  const roots = cgroupHierarchies().map((hierarchy) => join(hierarchy, 'holdfast-e2e', node));
   for (const root of roots) removeCgroup(root);
   return !roots.some((root) => existsSync(root));
 }

@@ -85,6 +85,11 @@ export class Holdfast {
       ],
       volumeSnapshotClasses: [{ name: 'holdfast' }, { name: 'holdfast-quiesced', parameters: { 'holdfast.io/quiesce': 'true' } }],
       volumeGroupSnapshotClasses: [{ name: 'holdfast' }],
+      volumeAttributesClasses: [
+        { name: 'holdfast-stays', parameters: { 'holdfast.io/evict': 'false' } },
+        { name: 'holdfast-moves', parameters: { 'holdfast.io/evict': 'true' } },
+        { name: 'holdfast-unknown', parameters: { iops: '5' } },
+      ],
     };
   }
 
@@ -99,15 +104,17 @@ export class Holdfast {
     return JSON.parse(said);
   }
 
-  /** What a person would look at first. */
+  /** What a person would look at first, in one piece. */
   async explain() {
-    const look = async (...args) => console.log((await this.#cluster.kubectl(args).catch((error) => error.message)).replace(/^/gm, '      '));
+    const said = [];
+    const look = async (...args) => said.push(await this.#cluster.kubectl(args).catch((error) => error.message));
     await look('get', 'pods', '--all-namespaces', '-o', 'wide');
     await look('get', 'pvc,pv,volumeattachments');
     await look('get', 'events', '--all-namespaces', '--field-selector', 'type=Warning', '--sort-by', '.lastTimestamp');
     for (const component of ['controller', 'metadata', 'node', 'keeper']) {
       await look('logs', '--namespace', namespace, '--selector', `app.kubernetes.io/component=${component}`, '--all-containers', '--prefix', '--tail', '15');
     }
+    return said.join('\n').replace(/^/gm, '      ');
   }
 
   // ------------------------------------------------------------------------------------------ objects
@@ -218,4 +225,13 @@ export class Holdfast {
   async deleteSnapshot(name) {
     await this.#cluster.kubectl(['delete', 'volumesnapshot', name, '--timeout', '60s'], { timeoutMs: 70_000 });
   }
+}
+
+/** Writes 16 MiB of noise and gives its digest. */
+export function writeNoise(holdfast, pod, path) {
+  return holdfast.sh(pod, `dd if=/dev/urandom of=${path} bs=1M count=16 conv=fsync 2>/dev/null && sha256sum < ${path}`);
+}
+
+export function digest(holdfast, pod, path) {
+  return holdfast.sh(pod, `sha256sum < ${path}`);
 }

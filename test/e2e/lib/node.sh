@@ -10,10 +10,11 @@ hostname "$name"
 mount --make-rprivate /
 mount -t tmpfs tmpfs /run
 mount -t tmpfs tmpfs /var/log
-mkdir -p /run/containerd /run/mount "$dir"/{kubelet,containerd,holdfast,cni,log}
+mkdir -p /run/containerd /run/mount /var/log/pods "$dir"/{kubelet,containerd,holdfast,cni,log/pods}
 mount --bind "$dir/kubelet" /var/lib/kubelet
 mount --bind "$dir/containerd" /var/lib/containerd
 mount --bind "$dir/holdfast" /var/lib/holdfast
+mount --bind "$dir/log/pods" /var/log/pods
 mount --bind "$dir/machine-id" /etc/machine-id
 mount --make-rshared /
 

@@ -104,14 +104,13 @@ export class Writer {
     return existsSync(path) ? readFileSync(path, 'utf8') : '';
   }
 
-  /** Watches it for a while; the longest time, in seconds, in which nothing was flushed. */
-  async longestPause(ms) {
+  /** Watches it until `end` comes about; the longest time, in seconds, in which nothing was flushed. */
+  async longestPause(end) {
     let last = this.flushed;
     let since = performance.now();
     let longest = 0;
-    const end = since + ms;
-    while (performance.now() < end) {
-      await sleep(50);
+    const endedOr = (ms) => Promise.race([end.then(() => true), sleep(ms, false)]);
+    while (!(await endedOr(50))) {
       const now = performance.now();
       longest = Math.max(longest, now - since);
       if (this.flushed === last) continue;

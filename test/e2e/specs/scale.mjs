@@ -1,5 +1,6 @@
-// Many at once, and how long one takes.
+// What is measured: how long one claim takes, many at once, growth. Nothing else runs in the cluster meanwhile.
 import assert from 'node:assert/strict';
+import { digest, writeNoise } from '../lib/holdfast.mjs';
 import { until } from '../lib/shell.mjs';
 
 const claims = 50;
@@ -7,6 +8,23 @@ const claims = 50;
 const pods = 15;
 
 export const scaleSpecs = [
+  {
+    name: 'a volume grows while its pod writes to it',
+    body: async ({ cluster, holdfast, figures }) => {
+      await holdfast.claim('grow', { storageClass: 'holdfast-xfs', size: '1Gi' });
+      await holdfast.pod('grow', 'grow');
+      const before = Number(await holdfast.sh('grow', 'df -k /data | tail -n 1 | tr -s " " | cut -d " " -f 2'));
+      const written = await writeNoise(holdfast, 'grow', '/data/file');
+      const began = performance.now();
+      await cluster.kubectl(['patch', 'pvc', 'grow', '--patch', '{"spec":{"resources":{"requests":{"storage":"3Gi"}}}}']);
+      await until('the file system to grow', async () => Number(await holdfast.sh('grow', 'df -k /data | tail -n 1 | tr -s " " | cut -d " " -f 2')) > before * 2.5, { timeoutMs: 90_000, everyMs: 500 });
+      figures.record('expand_s', (performance.now() - began) / 1000);
+      assert.equal((await cluster.get('pvc', 'grow')).status.capacity.storage, '3Gi');
+      assert.equal(await digest(holdfast, 'grow', '/data/file'), written);
+      await holdfast.deletePod('grow');
+      await holdfast.deleteClaims('grow');
+    },
+  },
   {
     name: `${claims} claims at once are bound, and ${pods} pods at once run with their own`,
     body: async ({ cluster, holdfast, figures }) => {
@@ -25,7 +43,7 @@ export const scaleSpecs = [
       const started = performance.now();
       await Promise.all(names.slice(0, pods).map((name) => holdfast.pod(name, name, { timeoutMs: 180_000 })));
       figures.record(`pods_${pods}_running_s`, (performance.now() - started) / 1000);
-      for (const name of names.slice(0, pods)) await holdfast.sh(name, `echo ${name} > /data/file && sync`);
+      await Promise.all(names.slice(0, pods).map((name) => holdfast.sh(name, `echo ${name} > /data/file && sync`)));
       assert.equal(await holdfast.sh(names[7], 'cat /data/file'), names[7]);
       await holdfast.deletePod(...names.slice(0, pods));
       await holdfast.deleteClaims(...names);

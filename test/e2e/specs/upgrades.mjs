@@ -53,7 +53,10 @@ export const upgradeSpecs = [
       await holdfast.helm('upgrade', '--set', 'node.logLevel=debug,controller.logLevel=debug,metadataService.logLevel=debug');
       await holdfast.untilRolledOut();
       for (const writer of writers) await writer.assertGoesOn('after the upgrade');
+      const began = performance.now();
       await holdfast.rollback();
+      const took = (performance.now() - began) / 1000;
+      assert.ok(took < 55, `the rollback took ${took.toFixed(1)} s: a container let its pod's grace period pass`);
       for (const writer of writers) await writer.assertGoesOn('after the rollback');
       await takeAway({ cluster, holdfast }, ...names);
     },

@@ -103,8 +103,6 @@ export class MetadataConnection {
       // One connection a node, and every revocation that waits for this agent ends in a fence: be there soon.
       'grpc.initial_reconnect_backoff_ms': 100,
       'grpc.max_reconnect_backoff_ms': 500,
-      'grpc.keepalive_time_ms': 5000,
-      'grpc.keepalive_timeout_ms': 5000,
       'grpc.keepalive_permit_without_calls': 1,
     };
     const chosen = options.channelCredentials ?? credentials.createInsecure();
