@@ -13,6 +13,7 @@ import type {
   Node,
   Pool,
   PublishVolumeRequest__Output,
+  RemovePoolRequest__Output,
   Snapshot as WireSnapshot,
   SnapshotGroup,
   UnpublishVolumeRequest__Output,
@@ -455,7 +456,7 @@ export class MetadataApi {
     return this.#pool(request.pool_uuid);
   }
 
-  async #removePool(request: DrainPoolRequest__Output, context: CallContext): Promise<object> {
+  async #removePool(request: RemovePoolRequest__Output, context: CallContext): Promise<object> {
     const uuid = request.pool_uuid;
     await this.#core.decide((d) =>
       once(d, 'RemovePool', request, () => {
