@@ -560,7 +560,7 @@ describe('compaction', () => {
   }
 
   it('under fio with verify, snapshots taken and deleted all the time, gives back what they held', async () => {
-    const r = await fresh('compact-fio', { diskBytes: 32_768n * MiB });
+    const r = await fresh('compact-fio', { diskBytes: 65_536n * MiB });
     const engine = await r.host();
     const spec = r.spec(1n, 128n * MiB);
     const { export: device } = await r.open(engine, spec);
