@@ -1,16 +1,14 @@
 /** What the agent tells of the volumes that it opens, when the service can't hear it at first. On an engine in memory. */
 import { randomUUID } from 'node:crypto';
 import { credentials } from '@grpc/grpc-js';
-import { call, createLogger, HoldfastError } from '@holdfast/common';
+import { call, HoldfastError } from '@holdfast/common';
 import { holdfast, type NodeAgentClient } from '@holdfast/proto';
 import { TestArea, waitFor } from '@holdfast/testing';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
-import { loadIdentity, startAgent, type Agent } from '../../src/agent/index.ts';
+import type { Agent } from '../../src/agent/index.ts';
 import { FakeDisk, FakeNative } from './fake-native.ts';
+import { poolJoined, startOneNode } from './one-node.ts';
 import { ScriptedService } from './scripted-service.ts';
-
-const logger = createLogger('test');
-if (process.env['HOLDFAST_LOG_LEVEL'] === undefined) logger.level = 'silent';
 
 /** The agent looks every second, and waits no longer than one after the second failure. */
 const longMs = 2500;
@@ -30,27 +28,9 @@ describe('the word that a volume is open', () => {
     service = new ScriptedService(disk);
     await service.start();
     native = new FakeNative(disk);
-    agent = await startAgent({
-      stateDir: area.path('node'),
-      socket: `unix:${area.path('agent.sock')}`,
-      keeperSocket: 'none',
-      metadata: service.address,
-      identity: loadIdentity(area.path('node'), 'node-1', {
-        machineId: '1'.repeat(32),
-        bootId: '2'.repeat(32),
-      }),
-      devices: [disk.path],
-      lockDir: area.path('locks'),
-      maxVolumes: 8,
-      logger,
-      native,
-      rescanMs: 100,
-    });
+    agent = await startOneNode(area, { disk, service, native });
     api = new holdfast.NodeAgent(`unix:${area.path('agent.sock')}`, credentials.createInsecure());
-    await waitFor('the pool', async () => {
-      const { pools } = await call(api, api.GetAgentInfo, {});
-      return pools[0]?.lease === 'valid' ? true : undefined;
-    });
+    await poolJoined(api);
   });
   afterEach(async () => {
     api.close();
