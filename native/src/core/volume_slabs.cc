@@ -85,7 +85,7 @@ void VolumeImpl::start_claims() {
   }
 }
 
-// False: there is none to be had now, or enough are under way.
+// False: there is none to be had now. At most kClaims at a time: start_claims() sees to it.
 bool VolumeImpl::start_claim() {
   if (stock_waiting_ || state_ != State::kOpen || holding_) return false;
   Claim& claim = *std::find_if(claims_.begin(), claims_.end(),
