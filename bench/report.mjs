@@ -1,5 +1,5 @@
 // Writes docs/benchmarks.md from bench/results/latest.json: node bench/report.mjs
-import { readFileSync, writeFileSync } from 'node:fs';
+import { existsSync, readFileSync, writeFileSync } from 'node:fs';
 
 const at = (path) => new URL(path, import.meta.url);
 const r = JSON.parse(readFileSync(at('results/latest.json'), 'utf8'));
@@ -30,6 +30,7 @@ const lines = [
   `Machine: ${r.machine.cores} cores (${r.machine.cpu}), ${r.machine.memory_gib} GiB, kernel ${r.machine.kernel.replace(/-.*/, '')}, Node ${r.machine.node}, ${r.machine.fio}; ` +
     `peer: ${r.machine.qsd ?? 'not measured'}. ${r.date}.`,
   '',
+  ...(r.notes ?? []).flatMap((note) => [note, '']),
   ...(r.settings.quick
     ? ['**These figures are of a short run (`BENCH_QUICK=1`) while other programs were busy on both cores: a first look, no verdict.**', '']
     : []),
@@ -44,7 +45,7 @@ const lines = [
 ];
 if (r.fresh) {
   lines.push('## First writes to a fresh thin volume', '',
-    'On a disk that was written all over beforehand, as a LUN is.', '', row(['workload', 'first write IOPS', 'rewrite IOPS', 'ratio', 'goal']),
+    'On a disk that was written all over beforehand, as a LUN is; both end with a flush, and count what is on the disk.', '', row(['workload', 'first write IOPS', 'rewrite IOPS', 'ratio', 'goal']),
     row(['---', '--:', '--:', '--:', '---']),
     ...r.fresh.map((f) => row([f.workload, n(f.first.iops), n(f.rewrite.iops), n(f.ratio, 2), verdict(f.ratio, freshGoals[f.workload])])), '');
 }
@@ -82,4 +83,30 @@ if (r.small_volumes) {
   lines.push('## Small volumes', '',
     `${r.small_volumes.count} volumes of 1 GiB with the first 8 MiB written cost ${n(r.small_volumes.mib_each, 1)} MiB of pool each (${below(r.small_volumes.mib_each, 24, 'MiB')}).`, '');
 }
+const e2e = at('../test/e2e/results/latest.json');
+if (existsSync(e2e)) lines.push(...kubernetes(JSON.parse(readFileSync(e2e, 'utf8'))));
 writeFileSync(at('../docs/benchmarks.md'), lines.join('\n'));
+
+/** What `make e2e` measured on the way. */
+function kubernetes({ date, machine, kubernetes: version, passed, failed, figures: f }) {
+  const s = (value) => (value === undefined ? '-' : `${n(value, 1)} s`);
+  const goal = (value, most) => (value === undefined ? '' : below(value, most, 's'));
+  const claim = [...(f.claim_to_running_s ?? [])].sort((a, b) => a - b);
+  const figures = [
+    ['a claim and its pod, made together, to running (median)', claim[claim.length >> 1], undefined],
+    ['50 claims at once, to bound', f.claims_50_bound_s, undefined],
+    ['15 of them with pods at once, to running', f.pods_15_running_s, undefined],
+    ['a claim grown from 1 to 3 GiB, to a grown file system', f.expand_s, undefined],
+    ['an agent killed under load: the longest time without a flushed write', f.agent_kill_pause_s, undefined],
+    ['a node killed: its StatefulSet\'s pod writes on another node', f.failover_s, 30],
+    ['a node without power: not even its connections break', f.failover_silent_s, 30],
+    ['a node cut off that goes on writing (Kubernetes has to give it up first)', f.cut_off_s, undefined],
+  ];
+  return [
+    '## Kubernetes', '',
+    `Made from \`test/e2e/results/latest.json\` by \`make e2e\`: Kubernetes ${version}, three nodes on one machine (${machine.cores} cores, kernel ${machine.kernel}, Node ${machine.node}), fencing class`,
+    `\`loop\`, kubelets that report every 2 s. ${date}, ${passed} specs passed, ${failed} failed. One try each unless it says otherwise.`, '',
+    row(['what', 'took', 'goal']), row(['---', '--:', '---']),
+    ...figures.map(([what, value, most]) => row([what, s(value), most === undefined ? '' : goal(value, most)])), '',
+  ];
+}

@@ -4,6 +4,7 @@
 #
 # They go to a cache outside the tree, because they take half an hour to build and seldom change: HOLDFAST_E2E_CACHE, by default
 # ~/.cache/holdfast-e2e. Each binary has a stamp of what it was built from; an interrupted run goes on where it was.
+# --check builds and installs nothing: it succeeds if all binaries are there and current.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -11,12 +12,17 @@ fail() { echo "e2e-tools: $1" >&2; exit 1; }
 
 cache=${HOLDFAST_E2E_CACHE:-$HOME/.cache/holdfast-e2e}
 bin=$cache/bin
+check=$([ "${1:-}" = --check ] && echo 1 || true)
+if [ -n "$check" ]; then
+  [ -d "$bin" ] && command -v go >/dev/null || exit 1
+fi
 mkdir -p "$bin"
 exec 9>"$cache/lock"
-flock -n 9 || { echo "e2e-tools: another run fills $cache; waiting for it"; flock 9; }
+flock -n 9 || { [ -z "$check" ] || exit 1; echo "e2e-tools: another run fills $cache; waiting for it"; flock 9; }
 
-[ "$(id -u)" = 0 ] || fail "a cluster on this machine needs root. Run it again with sudo."
-packages=(etcd-server etcd-client containerd runc containernetworking-plugins iptables iproute2 busybox-static openssl e2fsprogs xfsprogs btrfs-progs)
+[ -n "$check" ] || [ "$(id -u)" = 0 ] || fail "a cluster on this machine needs root. Run it again with sudo."
+packages=()
+[ -n "$check" ] || packages=(etcd-server etcd-client containerd runc containernetworking-plugins iptables iproute2 busybox-static openssl e2fsprogs xfsprogs btrfs-progs)
 missing=()
 for package in "${packages[@]}"; do
   dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q 'install ok installed' || missing+=("$package")
@@ -41,6 +47,7 @@ build() {
   local name=$1 package=$2 flags="-s -w $3" stamp
   stamp=$(cat "$modules/go.mod" "$modules/go.sum" <(echo "$package $flags $(go env GOVERSION GOARCH)") | sha256sum)
   [ -x "$bin/$name" ] && [ "$(cat "$bin/.$name.stamp" 2>/dev/null)" = "$stamp" ] && return
+  [ -z "$check" ] || exit 1
   echo "e2e-tools: building $name"
   (cd "$modules" && CGO_ENABLED=0 GOFLAGS=-mod=readonly go build -trimpath -p "${HOLDFAST_E2E_JOBS:-2}" -buildvcs=false -ldflags "$flags" -o "$bin/.$name.new" "$package")
   mv "$bin/.$name.new" "$bin/$name"
@@ -64,4 +71,4 @@ sidecar csi-attacher external-attacher/v4
 sidecar csi-resizer external-resizer/v2
 sidecar csi-snapshotter external-snapshotter/v8
 sidecar snapshot-controller external-snapshotter/v8
-echo "e2e-tools: all in $bin"
+[ -n "$check" ] || echo "e2e-tools: all in $bin"

@@ -33,8 +33,8 @@ const rendered = execFileSync(
 // An object without a namespace would go to the user's current one.
 const namespaced = rendered.map((part) => {
   const kind = /^kind: (\S+)$/m.exec(part)?.[1];
-  const clusterWide = ['ClusterRole', 'ClusterRoleBinding', 'CSIDriver', 'StorageClass', 'VolumeSnapshotClass', 'VolumeAttributesClass'];
-  if (kind === undefined || clusterWide.includes(kind)) return part;
+  const clusterWide = ['ClusterRole', 'ClusterRoleBinding', 'CSIDriver', 'StorageClass', 'VolumeSnapshotClass', 'VolumeGroupSnapshotClass', 'VolumeAttributesClass'];
+  if (kind === undefined || clusterWide.includes(kind) || /^ {2}namespace: /m.test(part)) return part;
   return part.replace(/^metadata:\n/m, 'metadata:\n  namespace: holdfast-system\n');
 });
 const text = [header, ...namespaced].map((part) => part.trimEnd()).join('\n---\n');

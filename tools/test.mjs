@@ -294,7 +294,7 @@ if (what === 'all') {
 } else if (what === 'sanitize') {
   const asan = { ASAN_OPTIONS: 'detect_leaks=1:abort_on_error=1', UBSAN_OPTIONS: 'halt_on_error=1:print_stacktrace=1' };
   await suite('asan', 20, native('asan', ['-DCMAKE_BUILD_TYPE=RelWithDebInfo', '-DHOLDFAST_SANITIZE=address,undefined'], asan));
-  await suite('tsan', 20, native('tsan', ['-DCMAKE_BUILD_TYPE=RelWithDebInfo', '-DHOLDFAST_SANITIZE=thread'], { TSAN_OPTIONS: 'halt_on_error=1' }));
+  await suite('tsan', 45, native('tsan', ['-DCMAKE_BUILD_TYPE=RelWithDebInfo', '-DHOLDFAST_SANITIZE=thread'], { TSAN_OPTIONS: 'halt_on_error=1' }));
   await suite('addon-asan', 20, async (env, minutes) => {
     const built = await run('addon-asan-build', join(top, 'native/node_modules/.bin/cmake-js'),
       ['build', '-O', 'build-addon-asan', '--CDHOLDFAST_SANITIZE=address,undefined'], { minutes: 20, env, cwd: join(top, 'native'), show: false });

@@ -20,6 +20,11 @@ interface KubeObject {
   metadata: { name: string; namespace?: string; labels?: Record<string, string> };
   [field: string]: unknown;
 }
+interface Rule {
+  apiGroups: string[];
+  resources: string[];
+  verbs: string[];
+}
 interface Container {
   name: string;
   image: string;
@@ -65,6 +70,29 @@ function podsOf(all: readonly KubeObject[]): Map<string, PodSpec> {
 
 const containersOf = (pod: PodSpec): Container[] => [...(pod.initContainers ?? []), ...pod.containers];
 
+/** "group/resource verb" of every rule that the roles of a name grant. */
+function granted(all: readonly KubeObject[], kind: string, name: string): Set<string> {
+  const role = all.find((object) => object.kind === kind && object.metadata.name === name);
+  return new Set(
+    ((role?.['rules'] ?? []) as Rule[]).flatMap(({ apiGroups, resources, verbs }) =>
+      apiGroups.flatMap((group) =>
+        resources.flatMap((resource) => verbs.map((verb) => `${group}/${resource} ${verb}`)),
+      ),
+    ),
+  );
+}
+
+/** What docs/kubernetes-safety.md says that the controller may do: | where | API group | resource | verbs | why | */
+function documented(where: string): string[] {
+  const doc = readFileSync(join(top, 'docs/kubernetes-safety.md'), 'utf8');
+  const rows = doc.split('\n').map((line) => line.split('|').map((cell) => cell.trim().replaceAll('`', '')));
+  return rows
+    .filter((cells) => cells.length === 7 && cells[1] === where)
+    .flatMap(([, , group = '', resource = '', verbs = '']) =>
+      verbs.split(', ').map((verb) => `${group === 'core' ? '' : group}/${resource} ${verb}`),
+    );
+}
+
 describe.skipIf(!existsSync(helm))('the chart', () => {
   test('helm lint finds nothing', () => {
     const said = execFileSync(helm, ['lint', '--strict', chart], { encoding: 'utf8' });
@@ -98,10 +126,6 @@ describe.skipIf(!existsSync(helm))('the chart', () => {
     await expect(render(['--set', 'tls.mode=sometimes'])).rejects.toThrow(/tls/);
     await expect(render(['--set', 'node.devices=/dev/x'])).rejects.toThrow(/devices/);
     await expect(render(['--set', 'controller.replicas=0'])).rejects.toThrow(/replicas/);
-  });
-
-  test("Secrets of one's own have to be named", async () => {
-    await expect(render(['--set', 'tls.mode=existingSecrets'])).rejects.toThrow(/existingSecrets/);
   });
 
   test('only the keeper, the agent and the CSI node plugin are privileged', async () => {
@@ -143,11 +167,6 @@ describe.skipIf(!existsSync(helm))('the chart', () => {
     const roles = objects(await render(valuesOf('everything'))).filter(({ kind }) =>
       /^(Cluster)?Role$/.test(kind),
     );
-    interface Rule {
-      apiGroups: string[];
-      resources: string[];
-      verbs: string[];
-    }
     const rules = roles.flatMap((role) =>
       (role['rules'] as Rule[]).map((rule) => ({ ...rule, role: role.metadata.name })),
     );
@@ -157,6 +176,86 @@ describe.skipIf(!existsSync(helm))('the chart', () => {
     }
     const powerful = rules.filter((rule) => rule.resources.some((r) => /^(nodes|pods)/.test(r)));
     expect([...new Set(powerful.map((rule) => rule.role))]).toEqual(['holdfast-controller']);
+  });
+
+  test('the controller has the rights that docs/kubernetes-safety.md lists, and of pods and nodes no others', async () => {
+    const all = objects(await render(valuesOf('minimal')));
+    const cluster = granted(all, 'ClusterRole', 'holdfast-controller');
+    expect(documented('cluster').length).toBeGreaterThan(8);
+    expect(documented('cluster').filter((right) => !cluster.has(right))).toEqual([]);
+    const strong = (rights: Iterable<string>): string[] =>
+      [...rights].filter((right) => /^\/(nodes|pods)/.test(right)).toSorted();
+    expect(strong(cluster)).toEqual(strong(documented('cluster')));
+    const own = granted(all, 'Role', 'holdfast-controller');
+    expect(documented('own').filter((right) => !own.has(right))).toEqual([]);
+    const kubelets = all.find(({ kind, metadata }) => kind === 'Role' && metadata.namespace !== undefined);
+    expect(kubelets?.metadata.namespace).toBe('kube-node-lease');
+    expect([...granted(all, 'Role', 'holdfast-controller-kubelets')]).toEqual(documented('kube-node-lease'));
+  });
+
+  test('without failover the controller asks for no pods, changes no nodes, and reads no Leases of kubelets', async () => {
+    const all = objects(await render(['--set', 'controller.failover.enabled=false']));
+    const rights = [...granted(all, 'ClusterRole', 'holdfast-controller')];
+    expect(rights.filter((right) => /^\/pods|^\/nodes.* (patch|update|delete)/.test(right))).toEqual([]);
+    expect(all.filter(({ metadata }) => metadata.namespace === 'kube-node-lease')).toEqual([]);
+    expect(podsOf(all).get('holdfast-controller')?.containers[0]?.args).not.toContain('--kubernetes');
+  });
+
+  test('the controller looks after dead nodes, and sets the out-of-service taint unless told not to', async () => {
+    const argsOf = async (values: string): Promise<string[]> =>
+      podsOf(objects(await render(valuesOf(values)))).get('holdfast-controller')?.containers[0]?.args ?? [];
+    expect(await argsOf('minimal')).toContain('--kubernetes');
+    expect(await argsOf('minimal')).not.toContain('--no-out-of-service');
+    expect(await argsOf('everything')).toContain('--no-out-of-service');
+  });
+
+  test('no device stops with a sentence', async () => {
+    await expect(render(['--set-json', 'node.devices=[]'])).rejects.toThrow(
+      /node\.devices is empty.*Name the shared devices/,
+    );
+  });
+
+  test.each([
+    [
+      'Secrets that the mode does not use',
+      ['tls.existingSecrets.node=mine'],
+      /tls\.existingSecrets\.node names a Secret, which tls\.mode selfSigned does not use/,
+    ],
+    [
+      'an issuer that the mode does not use',
+      ['tls.certManager.issuerRef.name=mine'],
+      /tls\.certManager\.issuerRef is set/,
+    ],
+    [
+      'a mode without its Secrets',
+      ['tls.mode=existingSecrets', 'tls.existingSecrets.node=mine'],
+      /tls\.existingSecrets\.metadata is empty[^]*tls\.existingSecrets\.controller is empty/,
+    ],
+    [
+      'a snapshot controller without the snapshotter',
+      ['snapshotController.enabled=true', 'sidecars.snapshotter.enabled=false'],
+      /snapshots would be accepted and never taken/,
+    ],
+    [
+      'snapshot metadata without its Secret',
+      ['sidecars.snapshotMetadata.enabled=true'],
+      /tlsSecret is empty[^]*caCert is empty/,
+    ],
+    [
+      'a backup beside the database',
+      ['metadataService.backupHostPath=/var/lib/holdfast/metadata/'],
+      /a copy beside the database is none/,
+    ],
+    [
+      'one class twice, and two defaults',
+      [
+        'storageClasses[0].name=a,storageClasses[0].default=true',
+        'storageClasses[1].name=a,storageClasses[1].default=true',
+      ],
+      /storageClasses has a twice[^]*storageClasses has 2 defaults/,
+    ],
+  ])('%s stops with a sentence', async (_, values, sentence) => {
+    await expect(render(values.flatMap((value) => ['--set', value]))).rejects.toThrow(sentence);
   });
 
   test('the self-made certificates belong to their authority, name the service, and pair with their keys', async () => {

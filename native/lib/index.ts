@@ -319,6 +319,15 @@ export interface ByteRange {
   length: bigint;
 }
 
+/** A pool, and how much of its device is not used yet. */
+export interface PoolRoom {
+  info: PoolInfo;
+  /** Of the device, now, as this machine sees it. */
+  deviceBytes: bigint;
+  /** Slabs that the pool would have if it grew into all of it. */
+  slabsPossible: bigint;
+}
+
 export interface Pool {
   readonly info: PoolInfo;
   readonly hostId: number;
@@ -338,6 +347,17 @@ export interface Pool {
   /** Unclaimed slabs taken out of the stock to be returned (all of them without `count`). */
   takeBackSlabs(count?: number): SlabRun[];
   stock(): SlabRun[];
+
+  /**
+   * Measures the device and reads the superblock again: slabs that another host has added are usable here from then on, and in
+   * `info`. Rejects HF_TOO_SMALL when the device is smaller than the pool.
+   */
+  look(): Promise<PoolRoom>;
+  /**
+   * Adds the slabs for which the first `deviceBytes` of the device have room; durable when it resolves, repeating is harmless. By one
+   * host at a time. Rejects HF_TOO_SMALL when the device is smaller here, HF_LEASE_EXPIRED without a lease.
+   */
+  grow(deviceBytes: bigint): Promise<PoolRoom>;
 
   readAuthority(): Promise<Authority>;
   /** Write, wait `waitMs`, re-read. HF_STALE if somebody else's claim stands or one of a higher incarnation/term. */

@@ -34,7 +34,8 @@
 // and: every request is answered once; abort leaves nothing in flight; a clean close leaves both copies of every page
 // equal; data goes only into slabs that are claimed in both copies, durably; a slab that is given back is free in both;
 // the copy of a page that serves is never written over; a slab is discarded when no copy names its layer and before it is
-// anybody else's; a strip leaves nothing that was covered; jobs come to an end; `pool check` has nothing to say after all
+// anybody else's; a strip leaves nothing that was covered, and takes only what durable pages cover; what a merge says is there is
+// durable; who has forgotten a slab keeps no claim of it; jobs come to an end; `pool check` has nothing to say after all
 // of it. The records on the disk lead from each volume to the layers that the books say.
 #pragma once
 

@@ -60,13 +60,13 @@ TEST(DataHazard, AClaimHasBothCopiesDurableBeforeAnyDataGoesIn) {
   bench.device.set_delay([&](const IoRequest& request) {
     if (request.op == IoOp::kWrite) {
       const bool page = request.offset < bench.superblock.first_region_offset + format::kRegionPagesSize;
-      order.push_back(page ? (request.offset / kBlock % 2 == 0 ? "A" : "B") + std::string(request.fua ? " durable" : "")
-                           : "data");
+      order.push_back(page ? request.offset / kBlock % 2 == 0 ? "A" : "B" : "data");
     }
+    if (request.op == IoOp::kFlush) order.push_back("flush");
     return uint64_t{0};
   });
   ASSERT_EQ(bench.write(0, kBlock, 1), 0);
-  EXPECT_EQ(order, (std::vector<std::string>{"A durable", "B durable", "data"}));
+  EXPECT_EQ(order, (std::vector<std::string>{"A", "flush", "B", "flush", "data"}));
 }
 
 // Writes, frees and writes elsewhere, cutting the power at every step of it: a chunk whose freeing is not durable in
@@ -702,6 +702,49 @@ TEST(DataHazard, ATornCopyIsNotMadeWholeByAnotherTornWrite) {
   EXPECT_TRUE(bench.reads(60 * kChunk, kBlock, 0));
 }
 
+// The same of a record: the first volume of a slot was deleted before its record was ever whole, the next one has parameters of its class.
+TEST(DataHazard, ARecordThatWasNeverWholeIsNotMadeSoByTheNextVolumesTornWrite) {
+  Bench bench(kMiB, 1, 21);
+  bench.spec.parameters_json = std::string(300, 'p');  // on both sides of the record's first 512 bytes
+  const auto open_torn = [&](size_t from, size_t to) {
+    bench.tear_writes(format::kMagicVolume, {bench.record_address(0)}, from, to);
+    EXPECT_EQ(bench.open().code, Code::kIo);
+    bench.errors.set_judge(nullptr);
+    bench.sim.cut_power();
+  };
+  open_torn(0, 512);
+  bench.spec.volume_id = 6;
+  bench.spec.name = "next";
+  bench.spec.layers[0].layer_id = 60;
+  bench.spec.layers[0].slot = 5;
+  open_torn(512, kBlock);
+  bench.spec.epoch++;
+  const Status opened = bench.open();
+  EXPECT_TRUE(opened.ok()) << opened.message;
+}
+
+// And of a layer's: the first top of the volume was given up before its record was ever whole, the next one has its slot, and its place in
+// the order of births. All that tells them apart is in the record's first 64 bytes.
+TEST(DataHazard, ALayersRecordThatWasNeverWholeIsNotMadeSoByTheNextFirstOpensTornWrite) {
+  Bench bench(kMiB, 1, 21);
+  const uint64_t address = bench.layer_record_address(bench.spec.layers[0].slot);
+  const auto open_torn = [&](size_t from, size_t to) {
+    bench.tear_writes(format::kMagicLayer, {address}, from, to);
+    EXPECT_EQ(bench.open().code, Code::kIo);
+    bench.errors.set_judge(nullptr);
+    bench.sim.cut_power();
+  };
+  open_torn(0, 64);
+  bench.spec.layers[0].layer_id = 60;
+  open_torn(64, kBlock);
+  format::LayerRecord pair[2];
+  bench.raw_read(address, pair, sizeof pair);
+  EXPECT_TRUE(choose_record(pair[0], pair[1], kPoolUuid, address).blank());
+  bench.spec.epoch++;
+  const Status opened = bench.open();
+  EXPECT_TRUE(opened.ok()) << opened.message;
+}
+
 // Killed while the second copy of a claim was on its way: it may be in the device's cache only.
 TEST(DataHazard, AClaimThatWasCutOffIsMadeAgainBeforeDataGoesIn) {
   Bench bench(kMiB, 1);
@@ -717,12 +760,13 @@ TEST(DataHazard, AClaimThatWasCutOffIsMadeAgainBeforeDataGoesIn) {
   bench.errors.set_judge([&](const IoRequest& request) {
     if (request.op == IoOp::kWrite) {
       const bool page = request.offset < bench.superblock.first_region_offset + format::kRegionPagesSize;
-      order.push_back(!page ? "data" : request.fua ? "durable page" : "page");
+      order.push_back(page ? "page" : "data");
     }
+    if (request.op == IoOp::kFlush) order.push_back("flush");
     return ErrorDevice::Verdict{};
   });
   ASSERT_EQ(bench.write(0, kBlock, 2), 0);
-  EXPECT_EQ(order, (std::vector<std::string>{"durable page", "durable page", "data"}));
+  EXPECT_EQ(order, (std::vector<std::string>{"page", "flush", "page", "flush", "data"}));
 }
 
 // Killed between taking a slab from the stock and looking at its page: the slab was somebody else's all along.

@@ -154,6 +154,74 @@ TEST(LayerMerge, ItEndsAfterAboutWhatWasAskedForAndGoesOnWhenAskedAgain) {
   bench.expect_named("stripped", {0, 3});
 }
 
+// Nothing is flushed between the learning and the forgetting, and a reader never flushes: a read that has only just begun may be at a place
+// that is wiped next.
+TEST(LayerMerge, WhoeverLearnedForgetsTheOldPlacesWhenTheReadsThatBeganBeforeHaveEnded) {
+  MergeBench bench;
+  ASSERT_TRUE(bench.open().ok());
+  ASSERT_EQ(bench.write(0, 8 * kChunk, 1), 0);
+  ASSERT_TRUE(bench.cut().ok());
+  ASSERT_EQ(bench.write(10 * kChunk, kChunk, 2), 0);
+  ASSERT_TRUE(bench.cut().ok());
+  auto reader = bench.view(1);
+  ASSERT_NE(reader, nullptr);
+  const LayerSpec old = bench.spec.layers[2];
+  bench.give(bench.spec.layers[1].layer_id, 2);
+  Result<MergeReport> merged = bench.merge(2, 3);
+  ASSERT_TRUE(merged.ok() && merged->complete) << merged.status.message;
+
+  struct Holder {
+    Volume* volume = nullptr;
+    VolumeRequest request;
+    PageBuffer buffer{kChunk};
+    int error = -1;
+    Status forgotten{Code::kBusy, "not yet"};
+  };
+  Holder holders[2];
+  holders[0].volume = bench.volume.get();
+  holders[1].volume = reader.get();
+  bench.device.set_delay([](const IoRequest& request) { return request.op == IoOp::kRead ? DelayDevice::kHold : 0; });
+  for (Holder& one : holders) {
+    one.request.op = VolumeOp::kRead;
+    one.request.length = kChunk;
+    one.request.buffer = one.buffer.data();
+    one.request.user = &one.error;
+    one.request.done = [](VolumeRequest* self, int error) { *static_cast<int*>(self->user) = error; };
+    one.volume->submit(&one.request);
+  }
+  bench.drive();
+  ASSERT_EQ(bench.device.held(), 2u);
+  bench.device.set_delay(nullptr);
+
+  const LayerSlabs head{bench.spec.layers[1].layer_id, bench.slabs_of(bench.spec.layers[1].layer_id)};
+  for (Holder& one : holders) {
+    ASSERT_TRUE(bench.call([&](Volume::Done done) { one.volume->learn(head, std::move(done)); }).ok());
+  }
+  const std::vector<SlabRun> slabs = bench.slabs_of(old.layer_id);
+  for (Holder& one : holders) one.volume->forget(slabs, {}, [&](Status status) { one.forgotten = std::move(status); });
+  bench.drive();
+  for (Holder& one : holders) {
+    EXPECT_EQ(one.forgotten.code, Code::kBusy) << "a read is still at the place";
+    EXPECT_EQ(one.error, -1);
+  }
+  bench.device.let_all_go();
+  bench.drive();
+  for (Holder& one : holders) {
+    EXPECT_TRUE(one.forgotten.ok()) << one.forgotten.message;
+    EXPECT_EQ(one.error, 0);
+    EXPECT_EQ(one.buffer.data()[0], std::byte{1});
+  }
+  // The slabs are somebody else's from here on.
+  BenchDisk disk(bench);
+  for (const SlabRun& run : slabs) {
+    const uint64_t data = format::slab_data_offset(bench.superblock.first_region_offset, run.first);
+    ASSERT_TRUE(disk.discard(data, 8 * kChunk).ok());
+  }
+  EXPECT_TRUE(bench.reads(0, 8 * kChunk, 1));
+  EXPECT_EQ(bench.blocks_of(*reader)[0], 1);
+  bench.drop(reader);
+}
+
 TEST(LayerMerge, ALayerThatSaysLessThanItDidIsNotLearned) {
   MergeBench bench;
   ASSERT_TRUE(bench.open().ok());
@@ -355,6 +423,54 @@ TEST_F(MergeOnDisk, CutOffAnywhereEverybodyReadsTheSameAndItCanBeRepeated) {
     }
   }
   FAIL() << "it never came to an end";
+}
+
+// The engine of one merge died, and the next one, somewhere else, finds in the device's cache what it had not flushed. Then the power goes,
+// and tears whatever is not durable.
+TEST_F(MergeOnDisk, WhatAMergeFoundInTheCacheOnlyIsDurableBeforeItsOtherCopyIsWrittenOver) {
+  const auto before = views();
+  const std::vector<std::vector<std::byte>> saved = save();
+  // Carries out so many changes, or all: true.
+  const auto merge = [&](uint64_t changes) {
+    uint64_t count = 0;
+    device.set_faults([&](MemoryDisk::Op op, uint64_t, uint64_t) {
+      return op != MemoryDisk::Op::kRead && count++ >= changes ? MemoryDisk::Fault::kError : MemoryDisk::Fault::kNone;
+    });
+    const bool through = merge_layers(device, s, victims(), head(), 1000, 0).ok();
+    device.set_faults(nullptr);
+    return through;
+  };
+  // Of each page that is not durable the first 64 bytes arrive.
+  const auto tear = [&] {
+    std::vector<std::vector<std::byte>> written;
+    for (uint64_t slab = 0; slab < 6; slab++) {
+      const std::byte* pages = device.raw(slab_page_offset(s, slab));
+      written.emplace_back(pages, pages + format::kSlabPairSize);
+    }
+    device.power_cut([](uint64_t) { return false; });
+    for (uint64_t slab = 0; slab < 6; slab++) {
+      for (size_t copy = 0; copy < format::kSlabPairSize; copy += format::kPageSize) {
+        std::memcpy(device.raw(slab_page_offset(s, slab) + copy), written[slab].data() + copy, 64);
+      }
+    }
+  };
+  bool whole = false;
+  uint64_t first = 0;
+  for (; !whole; first++) {
+    bool through = false;
+    for (uint64_t second = 0; !through; second++) {
+      restore(saved);
+      ASSERT_OK(device.flush());
+      whole = merge(first);
+      through = merge(second);
+      tear();
+      ASSERT_EQ(views(), before) << "stopped at " << first << ", then at " << second;
+      ASSERT_TRUE(merge(~uint64_t{0}));
+      ASSERT_EQ(views(), before) << "stopped at " << first << ", then at " << second << ", and repeated";
+      ASSERT_EQ(findings(), "") << "stopped at " << first << ", then at " << second << ", and repeated";
+    }
+  }
+  EXPECT_GT(first, 10u);
 }
 
 TEST_F(MergeOnDisk, ASlabThatWouldCostTooManyChunksStaysAndOneThatIsDamagedStopsIt) {

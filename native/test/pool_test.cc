@@ -244,6 +244,28 @@ TEST_F(PoolTest, GrowsInPlaceAndKeepsEverySlabWhereItWas) {
   EXPECT_EQ(owners.at(25).state, SlabOwner::State::kFree);
 }
 
+TEST_F(PoolTest, GrowsNoFurtherThanItIsToldAndALateOrderForLessChangesNothing) {
+  device.resize(512u << 20);
+  const uint64_t limit = 384u << 20;
+  const uint64_t possible = slabs_after_growth(info, limit);
+  Result<PoolInfo> grown = grow_pool(device, info, {}, limit);
+  ASSERT_OK(grown);
+  EXPECT_EQ(grown->slab_count, possible);
+  EXPECT_LT(possible, slabs_after_growth(info, 512u << 20));
+  ASSERT_OK(grow_pool(device, info, {}));
+  const uint64_t writes = device.operations(Op::kWrite);
+  EXPECT_EQ(grow_pool(device, info, {}, limit)->slab_count, 26u);
+  EXPECT_EQ(device.operations(Op::kWrite), writes);
+}
+
+TEST_F(PoolTest, RefusesADeviceThatIsSmallerThanThePool) {
+  device.resize(512u << 20);
+  ASSERT_OK(grow_pool(device, info, {}));
+  device.resize(kPoolBytes);
+  EXPECT_TRUE(has_code(read_pool(device), Code::kTooSmall, "Rescan"));
+  EXPECT_TRUE(has_code(grow_pool(device, info, {}), Code::kTooSmall));
+}
+
 TEST_F(PoolTest, GrowsByWholeRegionsWhosePagesAreZeroedFirst) {
   device.resize(140 * kGiB);
   // Old bytes where the second region's pages will be.

@@ -2,6 +2,8 @@
 #include "core/records.h"
 
 #include <functional>
+#include <optional>
+#include <utility>
 
 #include "pool_fixture.h"
 
@@ -16,6 +18,32 @@ using Fault = MemoryDisk::Fault;
 using Op = MemoryDisk::Op;
 
 using RecordsTest = PoolTest;
+
+// Of volume records only some part arrives, when it is asked for, and the write fails.
+class TearingDisk final : public SyncDevice {
+ public:
+  explicit TearingDisk(MemoryDisk& under) : under_(under) {}
+  std::optional<std::pair<size_t, size_t>> part;  // of the next record's bytes
+
+  uint64_t size_bytes() const override { return under_.size_bytes(); }
+  const std::string& name() const override { return under_.name(); }
+  Status read(uint64_t offset, void* buffer, size_t length) override { return under_.read(offset, buffer, length); }
+  Status write(uint64_t offset, const void* buffer, size_t length) override { return under_.write(offset, buffer, length); }
+  Status write_durable(uint64_t offset, const void* buffer, size_t length) override {
+    const bool record = verify(buffer, format::kMagicVolume, kPool, offset) == PageState::kOk;
+    if (!record || !part.has_value()) return under_.write_durable(offset, buffer, length);
+    const auto [from, to] = *part;
+    std::memcpy(under_.raw(offset + from), static_cast<const std::byte*>(buffer) + from, to - from);
+    part.reset();
+    return {Code::kIo, "torn"};
+  }
+  Status flush() override { return under_.flush(); }
+  Status discard(uint64_t offset, uint64_t length) override { return under_.discard(offset, length); }
+  Status zero(uint64_t offset, uint64_t length) override { return under_.zero(offset, length); }
+
+ private:
+  MemoryDisk& under_;
+};
 
 TEST_F(RecordsTest, AnUnusedSlotIsEmptyAndARecordComesBackWhole) {
   EXPECT_FALSE(read_volume_record(device, s, 7)->has_value());
@@ -84,6 +112,24 @@ TEST_F(RecordsTest, ATornRecordKeepsTheEpochBeforeIt) {
     EXPECT_EQ(back.epoch, 10 * epoch);
     EXPECT_TRUE(back.degraded);
   }
+}
+
+// The sectors that a torn record lacks may be the same in the next record written to that copy.
+TEST_F(RecordsTest, ATornRecordIsNotMadeWholeByAnotherTornWrite) {
+  TearingDisk tearing(device);
+  const auto with_parameters = [](uint64_t epoch, char of) {
+    VolumeRecord record = volume_record(1, 2, epoch, VolumeState::kOpen);
+    std::memset(record.parameters, of, sizeof record.parameters);
+    record.parameters_length = sizeof record.parameters;
+    return record;
+  };
+  ASSERT_OK(write_volume_record(tearing, s, 0, with_parameters(1, 'a')));
+  ASSERT_OK(write_volume_record(tearing, s, 0, with_parameters(2, 'a')));
+  tearing.part = {0, kPageSize / 2};
+  EXPECT_TRUE(has_code(write_volume_record(tearing, s, 0, with_parameters(3, 'b')), Code::kIo));
+  tearing.part = {kPageSize / 2, kPageSize};
+  EXPECT_TRUE(has_code(write_volume_record(tearing, s, 0, with_parameters(4, 'b')), Code::kIo));
+  EXPECT_EQ((*read_volume_record(device, s, 0))->epoch, 2u);
 }
 
 TEST_F(RecordsTest, BothCopiesDamagedAreRefusedAndNotWrittenOver) {

@@ -560,7 +560,7 @@ describe('compaction', () => {
   }
 
   it('under fio with verify, snapshots taken and deleted all the time, gives back what they held', async () => {
-    const r = await fresh('compact-fio', { diskBytes: 32_768n * MiB });
+    const r = await fresh('compact-fio', { diskBytes: 65_536n * MiB });
     const engine = await r.host();
     const spec = r.spec(1n, 128n * MiB);
     const { export: device } = await r.open(engine, spec);
@@ -589,12 +589,13 @@ describe('compaction', () => {
     let moved = 0n;
     let early = 0;
     for (let round = 0; !load.over; round += 1) {
-      await r.supply(engine);
+      // Three tops may come and go in a round, and each may claim room for the whole volume, twice while slabs are emptied.
+      await r.supply(engine, { total: 48 });
       await churn.cut();
       const compaction = churn.compact();
-      // Every other time a snapshot comes in the middle of it.
+      // Every other time a snapshot comes in the middle of it; every fourth time when it has hardly begun.
       if (round % 2 === 1) {
-        await sleep(30);
+        if (round % 4 === 1) await sleep(30);
         await churn.cut();
       }
       const report = await compaction;

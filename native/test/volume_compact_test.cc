@@ -661,9 +661,11 @@ TEST(VolumeCompact, WherePagesCanNotBeWrittenItGivesUpInsteadOfWaitingForRoomFor
   for (uint64_t at = 0; at < 100; at += 10) ASSERT_EQ(bench.write(at * kChunk, 10 * kChunk, 1), 0);
   ASSERT_TRUE(bench.cut().ok());
   bench.errors.set_judge([&](const IoRequest& request) {
-    const bool claim = request.fua;  // slabs can be had
-    return request.op == IoOp::kWrite && !is_data(bench, request) && !claim ? ErrorDevice::Verdict{EIO, false}
-                                                                            : ErrorDevice::Verdict{};
+    if (request.op != IoOp::kWrite || is_data(bench, request)) return ErrorDevice::Verdict{};
+    const auto& page = *static_cast<const format::SlabPage*>(request.iov->iov_base);
+    const bool claim = std::all_of(std::begin(page.entries), std::end(page.entries),
+                                   [](const auto& entry) { return entry.logical_chunk == format::kNoChunk; });
+    return ErrorDevice::Verdict{claim ? 0 : EIO, false};  // slabs can be had
   });
   auto answer = bench.start_compact(bench.sources());
   bench.finish(*answer);

@@ -11,7 +11,7 @@ using format::LayerRecord;
 using format::SlabPage;
 
 LayerRecord layer_record(const Bench& bench, uint32_t slot) {
-  const uint64_t address = bench.superblock.layer_table_offset + uint64_t{slot} * 2 * kBlock;
+  const uint64_t address = bench.layer_record_address(slot);
   LayerRecord pair[2];
   bench.raw_read(address, pair, sizeof pair);
   const Copies copies = choose_record(pair[0], pair[1], kPoolUuid, address);
@@ -354,6 +354,38 @@ TEST(VolumeCut, WhileTheCommitsOutcomeIsNotKnownWritesStayHeldAndItIsWrittenAgai
   auto view = bench.view(1);
   EXPECT_EQ(bench.blocks_of(*view), outcome.before);
   bench.drop(view);
+}
+
+// A cut that was given up left the first 64 bytes of two records, the next one's, which takes the slot for another layer, all but those.
+// Nothing else tells the new layers' records apart, and the freezing layer's is the same in both.
+TEST(VolumeCut, RecordsThatWereNeverWholeAreNotMadeSoByTheNextCutsTornWrites) {
+  CutBench bench;
+  ASSERT_TRUE(bench.open().ok());
+  ASSERT_EQ(bench.write(0, 4 * kChunk, 1), 0);
+  LayerSpec top = bench.next_top();
+  const uint32_t old_slot = bench.spec.layers[0].slot;
+  const auto cut_torn = [&](size_t from, size_t to) {
+    bench.tear_writes(format::kMagicLayer, {bench.layer_record_address(top.slot), bench.layer_record_address(old_slot)}, from, to);
+    auto answer = bench.start_cut(top);
+    bench.drive();
+    bench.errors.set_judge(nullptr);
+    EXPECT_EQ(answer->status.code, Code::kIo) << answer->status.message;
+  };
+  cut_torn(0, 64);
+  top.layer_id++;
+  cut_torn(64, kBlock);
+  EXPECT_EQ(layer_record(bench, old_slot).state, format::LayerState::kWritable);
+  LayerRecord pair[2];
+  bench.raw_read(bench.layer_record_address(top.slot), pair, sizeof pair);
+  EXPECT_TRUE(choose_record(pair[0], pair[1], kPoolUuid, bench.layer_record_address(top.slot)).blank());
+  ASSERT_EQ(bench.write(kChunk, kChunk, 2), 0);
+  auto answer = bench.start_cut(top);
+  bench.drive();
+  ASSERT_TRUE(answer->given);
+  EXPECT_TRUE(answer->status.ok()) << answer->status.message;
+  EXPECT_EQ(layer_record(bench, old_slot).state, format::LayerState::kFrozen);
+  EXPECT_EQ(layer_record(bench, top.slot).layer_id, top.layer_id);
+  EXPECT_TRUE(bench.reads(kChunk, kChunk, 2));
 }
 
 TEST(VolumeCut, AnAbortEndsACutThatWaitsForItsCommit) {
@@ -849,7 +881,7 @@ TEST(VolumeCut, TheLayerThatFreezesKeepsTheParentThatItsRecordNames) {
   EXPECT_EQ(record.parent_layer_id, 50u);
   record.parent_layer_id = 49;
   for (uint32_t copy = 0; copy < 2; copy++) {
-    const uint64_t address = bench.superblock.layer_table_offset + (uint64_t{slot} * 2 + copy) * kBlock;
+    const uint64_t address = bench.layer_record_address(slot) + copy * kBlock;
     seal(record, kPoolUuid, address, record.header.sequence + 1);
     bench.raw_write(address, &record, kBlock);
   }

@@ -3,6 +3,8 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cerrno>
 #include <cstring>
 #include <map>
 #include <memory>
@@ -369,6 +371,24 @@ class Bench {
     for (size_t i = 600; i < 1100; i++) block[i] = static_cast<uint8_t>(block[i] ^ 0x5a);
     raw_write(address, block.data(), kBlock);
   }
+  // Of intact pages of this kind that are written to either copy at `address`, only the bytes [from, to) arrive, durably, and the
+  // write fails. Whatever else is written there passes.
+  void tear_writes(uint32_t magic, std::vector<uint64_t> addresses, size_t from, size_t to) {
+    errors.set_judge([this, magic, addresses = std::move(addresses), from, to](const IoRequest& request) {
+      const bool ours = std::any_of(addresses.begin(), addresses.end(), [&](uint64_t address) {
+        return request.offset == address || request.offset == address + kBlock;
+      });
+      if (request.op != IoOp::kWrite || !ours) return ErrorDevice::Verdict{};
+      const auto* page = static_cast<const std::byte*>(request.iov[0].iov_base);
+      if (verify(page, magic, kPoolUuid, request.offset) != PageState::kOk) return ErrorDevice::Verdict{};
+      std::vector<std::byte> torn(kBlock);
+      raw_read(request.offset, torn.data(), kBlock);
+      std::memcpy(torn.data() + from, page + from, to - from);
+      raw_write(request.offset, torn.data(), kBlock);
+      return ErrorDevice::Verdict{EIO, false};
+    });
+  }
+  uint64_t layer_record_address(uint32_t slot) const { return superblock.layer_table_offset + uint64_t{slot} * 2 * kBlock; }
   uint64_t record_address(uint32_t copy) const {
     return superblock.volume_table_offset + (spec.slot * 2 + copy) * kBlock;
   }

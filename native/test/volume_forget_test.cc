@@ -136,6 +136,45 @@ TEST(VolumeForget, ThoseAboveAndBelowALayerThatGoesShowTheSameAndAreCutAndCompac
   }
 }
 
+// Grace periods are counted in a ring: while a request is there for longer than it reaches, later ones share the last.
+TEST(VolumeForget, AReadThatIsThereForMoreFlushesThanAreCountedIsWaitedForAndThenItIsAnswered) {
+  ForgetBench bench;
+  ASSERT_TRUE(bench.open().ok());
+  ASSERT_EQ(bench.write(0, 8 * kChunk, 1), 0);
+  ASSERT_TRUE(bench.cut().ok());
+  const auto hold_read = [&] {
+    bench.device.set_delay([](const IoRequest& request) { return request.op == IoOp::kRead ? DelayDevice::kHold : 0; });
+    auto read = bench.start(VolumeOp::kRead, 0, kChunk);
+    bench.drive();
+    bench.device.set_delay(nullptr);
+    return read;
+  };
+  auto early = hold_read();
+  for (int i = 0; i < 80; i++) {
+    ASSERT_EQ(bench.write((21 + i / 16) * kChunk + i % 16 * kBlock, kBlock, 7), 0);  // changes a page
+    ASSERT_EQ(bench.flush(), 0);
+  }
+  auto late = hold_read();
+  ASSERT_EQ(bench.device.held(), 2u);
+  ASSERT_EQ(bench.write(0, 8 * kChunk, 9), 0);
+  ASSERT_EQ(bench.flush(), 0);
+  Status forgotten{Code::kBusy, "not yet"};
+  bench.volume->forget(bench.report.frozen.slabs, {bench.spec.layers[1].layer_id}, [&](Status status) { forgotten = std::move(status); });
+  for (const size_t held : {2u, 1u}) {
+    bench.drive();
+    ASSERT_EQ(bench.device.held(), held);
+    EXPECT_EQ(forgotten.code, Code::kBusy) << held << " reads are still at the place";
+    bench.device.let_go(0);
+  }
+  bench.drive();
+  EXPECT_TRUE(forgotten.ok()) << forgotten.message;
+  for (const auto* read : {early.get(), late.get()}) {
+    EXPECT_EQ(read->error, 0);
+    EXPECT_EQ(read->buffer->data()[0], std::byte{1});
+  }
+  EXPECT_TRUE(bench.reads(0, 8 * kChunk, 9));
+}
+
 TEST(VolumeForget, ALayerThatHoldsMoreAndTheTopAreRefusedAndNothingIsForgotten) {
   ForgetBench bench;
   ASSERT_TRUE(bench.open().ok());

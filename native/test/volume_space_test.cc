@@ -99,6 +99,55 @@ TEST(VolumeSpace, TheNextSlabIsClaimedBeforeTheCurrentOneIsFull) {
   EXPECT_EQ(bench.observer.claimed.size(), 2u);
 }
 
+// First writes in sequence, eight at a time, on a device that takes 20 ms for a flush.
+void stream(Bench& bench, uint64_t from, uint64_t to) {
+  constexpr uint64_t kPiece = 8 * kChunk;
+  std::vector<std::unique_ptr<Bench::Pending>> pending;
+  bench.device.set_delay([](const IoRequest& request) {
+    return uint64_t{request.op == IoOp::kFlush ? 20'000'000u : request.op == IoOp::kWrite ? 1'000'000u : 0u};
+  });
+  while (from < to || !pending.empty() || bench.executor.timers()) {
+    while (from < to && pending.size() < 8) {
+      pending.push_back(bench.start(VolumeOp::kWrite, from, kPiece, 1));
+      from += kPiece;
+    }
+    bench.drive();
+    std::erase_if(pending, [](const auto& one) { return one->done(); });
+    if (!bench.executor.timers()) continue;
+    bench.executor.advance(bench.executor.next_timer_ns() - bench.executor.now_ns());
+    bench.drive();
+  }
+  bench.device.set_delay(nullptr);
+}
+
+TEST(VolumeSpace, AStreamOfFirstWritesClaimsManySlabsWithTwoFlushes) {
+  Bench bench(256 * kMiB, 600);
+  bench.chunks_per_slab = 8;
+  ASSERT_TRUE(bench.open().ok());
+  const uint64_t flushes = bench.memory.count(IoOp::kFlush);
+  stream(bench, 0, 256 * kMiB);
+  EXPECT_EQ(bench.observer.claimed.size(), 512u) << "the whole volume, and not one slab more";
+  EXPECT_LE(bench.memory.count(IoOp::kFlush) - flushes, 2 * 512u / 6);
+}
+
+TEST(VolumeSpace, WhatAStreamHadAheadGoesBackWhenItIsOver) {
+  Bench bench(256 * kMiB, 600);
+  bench.chunks_per_slab = 8;
+  ASSERT_TRUE(bench.open().ok());
+  stream(bench, 0, 64 * kMiB);
+  ASSERT_EQ(bench.flush(), 0);
+  const size_t claimed = bench.observer.claimed.size();
+  EXPECT_GE(claimed, 128u + 8u);
+  EXPECT_TRUE(bench.observer.emptied.empty()) << "it may go on";
+  bench.executor.advance(11'000'000'000);
+  ASSERT_EQ(bench.write(0, kBlock, 2), 0);
+  ASSERT_EQ(bench.flush(), 0);
+  EXPECT_LE(claimed - bench.observer.emptied.size(), 128u + 3u);
+  EXPECT_EQ(bench.observer.claimed.size(), claimed);
+  ASSERT_EQ(bench.write(64 * kMiB, 8 * kMiB, 3), 0);
+  EXPECT_TRUE(bench.reads(64 * kMiB, 8 * kMiB, 3));
+}
+
 TEST(VolumeSpace, ASequentialStreamLiesInOrderEvenWhenItsRequestsArriveOutOfOrder) {
   Bench bench(64 * kMiB);
   ASSERT_TRUE(bench.open().ok());

@@ -10,6 +10,7 @@ import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { parseArgs } from 'node:util';
 import { removeCgroups } from './lib/cluster.mjs';
+import { keepFigures } from './lib/figures.mjs';
 import { buildTestImages } from './lib/images.mjs';
 import { abortConnections, childrenOf, detach, fuseConnections, loopsOf, processesBelow, readSettings, restoreSettings } from './lib/residue.mjs';
 import { sleep, until } from './lib/shell.mjs';
@@ -123,5 +124,6 @@ try {
   console.error(error.message);
 }
 const left = await cleanUp();
+if (values.only === '' && outcome.figures !== undefined && !outcome.unfinished) keepFigures(join(here, 'results/latest.json'), outcome);
 for (const what of left) console.error(`Left behind: ${what}`);
 end(outcome.passed, outcome.failed + left.length);

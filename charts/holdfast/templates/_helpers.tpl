@@ -37,7 +37,7 @@ imagePullSecrets:
 {{/* (dict "root" $ "component" "metadata"): the Secret with that component's certificate */}}
 {{- define "holdfast.tlsSecret" -}}
 {{- if eq .root.Values.tls.mode "existingSecrets" -}}
-{{ required (printf "tls.existingSecrets.%s names a Secret with tls.crt, tls.key and ca.crt" .component) (index .root.Values.tls.existingSecrets .component) }}
+{{ index .root.Values.tls.existingSecrets .component }}
 {{- else -}}
 {{ include "holdfast.fullname" .root }}-{{ .component }}-tls
 {{- end }}

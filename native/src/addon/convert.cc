@@ -196,6 +196,14 @@ Napi::Value to_js(Napi::Env env, const PoolInfo& info) {
   return out;
 }
 
+Napi::Value to_js(Napi::Env env, const PoolRoom& room) {
+  Napi::Object out = Napi::Object::New(env);
+  out.Set("info", to_js(env, room.info));
+  out.Set("deviceBytes", big(env, room.device_bytes));
+  out.Set("slabsPossible", big(env, room.slabs_possible));
+  return out;
+}
+
 Napi::Value to_js(Napi::Env env, const DeviceInspection& inspection) {
   static constexpr const char* kKinds[] = {"blank", "pool", "foreign"};
   Napi::Object out = Napi::Object::New(env);

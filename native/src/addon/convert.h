@@ -42,6 +42,7 @@ VolumeSpec volume_spec_from(const Napi::Object& object);
 
 Napi::Value big(Napi::Env env, uint64_t value);
 Napi::Value to_js(Napi::Env env, const PoolInfo& info);
+Napi::Value to_js(Napi::Env env, const PoolRoom& room);
 Napi::Value to_js(Napi::Env env, const DeviceInspection& inspection);
 Napi::Value to_js(Napi::Env env, const Authority& authority);
 Napi::Value to_js(Napi::Env env, const Heartbeat& heartbeat);

@@ -179,7 +179,8 @@ class PoolWrap : public Napi::ObjectWrap<PoolWrap> {
          InstanceMethod<&PoolWrap::read_layer_record>("readLayerRecord"),
          InstanceMethod<&PoolWrap::strip_layers>("stripLayers"),
          InstanceMethod<&PoolWrap::merge_layers>("mergeLayers"), InstanceMethod<&PoolWrap::wipe_layers>("wipeLayers"),
-         InstanceMethod<&PoolWrap::read_changes>("readChanges"), InstanceMethod<&PoolWrap::close>("close"),
+         InstanceMethod<&PoolWrap::read_changes>("readChanges"), InstanceMethod<&PoolWrap::look>("look"),
+         InstanceMethod<&PoolWrap::grow>("grow"), InstanceMethod<&PoolWrap::close>("close"),
          InstanceMethod<&PoolWrap::stop>("stop")});
   }
 
@@ -213,6 +214,25 @@ class PoolWrap : public Napi::ObjectWrap<PoolWrap> {
         [](Napi::Env env, bool&) { return env.Undefined(); });
   }
 
+  Napi::Value room(const Napi::CallbackInfo& info, std::function<Result<PoolRoom>(EnginePool&)> call) {
+    return promise_for<PoolRoom>(
+        info.Env(), dispatcher(info),
+        [pool = pool_, call = std::move(call)]() -> Result<PoolRoom> {
+          const std::shared_ptr<EnginePool::Use> use = pool->use();
+          if (use == nullptr) return Status{Code::kNotFound, "pool " + pool->info().name + " is closed"};
+          return call(*pool);
+        },
+        [](Napi::Env env, PoolRoom& value) { return to_js(env, value); });
+  }
+  Napi::Value look(const Napi::CallbackInfo& info) {
+    return room(info, [](EnginePool& pool) { return pool.look(); });
+  }
+  Napi::Value grow(const Napi::CallbackInfo& info) {
+    return reject_on_throw(info, [&] {
+      const uint64_t limit = u64_argument(info, 0, "deviceBytes");
+      return room(info, [limit](EnginePool& pool) { return pool.grow(limit); });
+    });
+  }
   Napi::Value info(const Napi::CallbackInfo& info) { return to_js(info.Env(), pool_->info()); }
   Napi::Value host_id(const Napi::CallbackInfo& info) {
     return Napi::Number::New(info.Env(), pool_->spec().host_id);

@@ -98,7 +98,8 @@ class Merger {
       const auto batch = [&] { return judged; };
       if (Status status = for_each_pair(device_, s_, run, &buffer_, visit, batch); !status.ok()) return status;
     }
-    // What was read may have come out of the device's cache only, and is built upon.
+    // What was read may have come out of the device's cache only, where a merge that was cut off has left it, and is built upon: the other
+    // copy of each page is written over, and a power cut would tear both.
     if (Status status = device_.flush(); !status.ok()) return status;
     return settle();
   }

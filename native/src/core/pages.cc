@@ -87,6 +87,11 @@ void seal(void* page, uint32_t magic, const format::Uuid& pool, uint64_t address
   HF_ASSERT(verify(page, magic, pool, address) == PageState::kOk);
 }
 
+void blot(void* page, uint32_t magic) {
+  std::memset(page, 0xff, kPageSize);
+  std::memcpy(page, &magic, sizeof magic);
+}
+
 PageState verify_any_pool(const void* page, uint32_t magic, uint64_t address) {
   const PageHeader header = header_of(page);
   // Version and CRC keep their place and meaning in every future version, so that "newer" can be told from "damaged".

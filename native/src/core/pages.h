@@ -56,6 +56,12 @@ PageState verify(const void* page, uint32_t magic, const format::Uuid& pool, uin
 // Everything but whose it is: for reading a superblock before the pool's UUID is known.
 PageState verify_any_pool(const void* page, uint32_t magic, uint64_t address);
 
+// Makes a page that shares no sector with any page of its type, and counts as torn: what a torn copy is overwritten with before another
+// page goes there. A torn copy is not dead: it lacks some sectors of a page that was never durable, and those of the next page may be the
+// very same. Torn in its turn, that write would make the lost page whole, newer than the one that serves. The magic, so that it counts as
+// torn still, then all ones, which is neither an id nor a length, an entry, a hole range or a text.
+void blot(void* page, uint32_t magic);
+
 bool is_zero(const void* data, size_t length);
 
 template <typename Page>

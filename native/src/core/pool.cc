@@ -159,7 +159,8 @@ std::string hex(uint64_t value) {
 }
 
 // Prepares the pages of slabs that the device has gained, and counts them in `s`.
-Status add_slabs(SyncDevice& device, Superblock* s, uint64_t device_bytes, uint64_t slabs, const Progress& progress) {
+Status add_slabs(SyncDevice& device, Superblock* s, uint64_t usable, uint64_t device_bytes, uint64_t slabs,
+                 const Progress& progress) {
   // Slab pages that the last region has always had: never used, so still blank. Anything else is damage.
   std::vector<Area> kept;
   const uint64_t in_last = s->slab_count % format::kSlabsPerRegion;
@@ -172,8 +173,8 @@ Status add_slabs(SyncDevice& device, Superblock* s, uint64_t device_bytes, uint6
   for (uint64_t region = region_count(s->slab_count); region < region_count(slabs); region++) {
     fresh.push_back({s->first_region_offset + region * format::kRegionStride, format::kRegionPagesSize});
   }
-  const uint64_t tail = (device.size_bytes() - format::kTailReserve) / kPageSize * kPageSize;
-  fresh.push_back({tail, device.size_bytes() / kPageSize * kPageSize - tail});
+  const uint64_t tail = (usable - format::kTailReserve) / kPageSize * kPageSize;
+  fresh.push_back({tail, usable / kPageSize * kPageSize - tail});
   Zeroer zeroer(device, total_length(kept) + total_length(fresh), progress);
   if (Status status = zeroer.verify(kept, Code::kCorrupt,
                                     "holds slab pages that nothing may have written yet; run `holdfast pool check`");
@@ -277,7 +278,8 @@ Result<PoolInfo> read_pool(SyncDevice& device) {
   if (s.device_bytes > device.size_bytes()) {
     return Status{Code::kTooSmall, "the pool covers " + std::to_string(s.device_bytes) + " bytes but " + device.name() +
                                        " has only " + std::to_string(device.size_bytes()) +
-                                       ": the device shrank. Give it back its size before anything writes to it"};
+                                       ": the device shrank, or it was grown and this machine has not seen that yet. Rescan the device, or give "
+                                       "it back its size"};
   }
   PoolInfo info = make_info(s);
   for (int copy = 0; copy < 2; copy++) {
@@ -299,7 +301,13 @@ Result<PoolInfo> read_pool(SyncDevice& device) {
   return info;
 }
 
-Result<PoolInfo> grow_pool(SyncDevice& device, const PoolInfo& info, const Progress& progress) {
+uint64_t slabs_after_growth(const PoolInfo& info, uint64_t device_bytes) {
+  if (device_bytes <= format::kTailReserve) return info.slab_count;
+  const uint64_t usable = (device_bytes - format::kTailReserve) / kPageSize * kPageSize;
+  return std::max(info.slab_count, slabs_that_fit(info.superblock.first_region_offset, usable));
+}
+
+Result<PoolInfo> grow_pool(SyncDevice& device, const PoolInfo& info, const Progress& progress, uint64_t limit_bytes) {
   // What stands on disk decides, not what the caller read some time ago.
   Result<PoolInfo> now = read_pool(device);
   if (!now.ok()) return now;
@@ -309,13 +317,15 @@ Result<PoolInfo> grow_pool(SyncDevice& device, const PoolInfo& info, const Progr
   }
   if (now->read_only) return Status{Code::kUnsupported, now->warnings.back()};
   Superblock s = now->superblock;
-  const uint64_t device_bytes = (device.size_bytes() - format::kTailReserve) / kPageSize * kPageSize;
+  const uint64_t usable = std::min(device.size_bytes(), limit_bytes);
+  if (usable < s.device_bytes) return now;  // asked for before it grew further
+  const uint64_t device_bytes = (usable - format::kTailReserve) / kPageSize * kPageSize;
   const uint64_t slabs = slabs_that_fit(s.first_region_offset, device_bytes);
   const bool grows = device_bytes > s.device_bytes && slabs > s.slab_count;
   // An update that was cut off between the two superblocks, or a damaged copy: made whole on the way.
   if (!grows && now->warnings.empty()) return now;
   if (grows) {
-    if (Status status = add_slabs(device, &s, device_bytes, slabs, progress); !status.ok()) return status;
+    if (Status status = add_slabs(device, &s, usable, device_bytes, slabs, progress); !status.ok()) return status;
   }
   const int newest = holds_superblock(device, s, format::kSuperblockAOffset) ? 0 : 1;
   if (Status status = write_superblocks(device, s, info.uuid, s.header.sequence + 1, 1 - newest); !status.ok()) {

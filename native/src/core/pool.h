@@ -116,8 +116,11 @@ Result<PoolInfo> read_pool(SyncDevice& device);
 Status check_wwid(PoolInfo& info, const std::string& wwid, const std::string& device);
 // After the device grew: gives the last region its missing slabs, adds regions (slab pages zeroed and read back
 // first), then rewrites the superblocks. A superblock that is damaged or behind is rewritten too. Nothing to do is
-// not an error. Slab numbers never change.
-Result<PoolInfo> grow_pool(SyncDevice& device, const PoolInfo& info, const Progress& progress);
+// not an error. Slab numbers never change. Of a device that is larger than `limit_bytes` only those are used.
+Result<PoolInfo> grow_pool(SyncDevice& device, const PoolInfo& info, const Progress& progress,
+                           uint64_t limit_bytes = UINT64_MAX);
+// Slabs that the pool would have if it grew into `device_bytes` of its device.
+uint64_t slabs_after_growth(const PoolInfo& info, uint64_t device_bytes);
 
 // ---- By path: what the tools and the engine use. A path is a block device or an image file.
 

@@ -54,9 +54,13 @@ Status write_next(SyncDevice& device, const Superblock& s, uint64_t offset, Pair
   const uint64_t sequence = pair.copies.valid() ? pair.newest().header.sequence + 1 : 1;
   const uint64_t address = offset + static_cast<uint64_t>(to) * kPageSize;
   PageBuffer out(kPageSize);
+  if (Status status = device.flush(); !status.ok()) return status;
+  if (pair.copies.state[to] == PageState::kBadCrc) {
+    blot(out.data(), kMagicOf<Page>);
+    if (Status status = device.write_durable(address, out.data(), kPageSize); !status.ok()) return status;
+  }
   out.at<Page>() = page;
   seal(out.at<Page>(), s.header.pool, address, sequence);
-  if (Status status = device.flush(); !status.ok()) return status;
   return device.write_durable(address, out.data(), kPageSize);
 }
 

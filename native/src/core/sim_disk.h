@@ -67,9 +67,11 @@ class SimDisk final : public BlockDevice {
     page_errors_ = page_writes;
   }
   void set_errors(uint32_t per_mille) { set_errors(per_mille, per_mille); }
-  // The fuse: blown after `events` submissions and completions of page writes, flushes and discards; 0 takes it out.
-  void set_fuse(uint32_t events) {
+  // The fuse: blown after `events` submissions and completions of page writes, flushes and discards, and of data writes
+  // if they count too; 0 takes it out.
+  void set_fuse(uint32_t events, bool data_writes = false) {
     fuse_ = events;
+    fuse_data_ = data_writes;
     blown_ = false;
   }
   bool fuse_blown() const { return blown_; }
@@ -120,7 +122,8 @@ class SimDisk final : public BlockDevice {
   }
   // Where what is durable, or what the map says, may change.
   bool is_boundary(const IoRequest& request) const {
-    return is_page_write(request) || request.op == IoOp::kFlush || request.op == IoOp::kDiscard;
+    return is_page_write(request) || request.op == IoOp::kFlush || request.op == IoOp::kDiscard ||
+           (fuse_data_ && request.op == IoOp::kWrite);
   }
   void boundary();
   uint32_t tear_unit() { return random_.chance(500) ? 512 : 64; }
@@ -137,6 +140,7 @@ class SimDisk final : public BlockDevice {
   uint32_t slow_reads_ = 0;
   uint64_t completed_ = 0;
   uint32_t fuse_ = 0;
+  bool fuse_data_ = false;
   bool blown_ = false;
   std::function<void(const IoRequest&)> watcher_;
   bool dead_ = false;

@@ -78,16 +78,13 @@ Status FdDevice::examine() {
   struct stat info {};
   if (::fstat(fd_, &info) != 0) return {Code::kIo, "can't look at " + name_ + ": " + std::strerror(errno)};
   block_device_ = S_ISBLK(info.st_mode);
-  if (!block_device_) {
-    size_ = static_cast<uint64_t>(info.st_size) / kPageSize * kPageSize;
-    return {};
-  }
+  if (Status status = measure(); !status.ok()) return status;
+  if (!block_device_) return {};
   int sector = 0;
-  if (::ioctl(fd_, BLKGETSIZE64, &size_) != 0 || ::ioctl(fd_, BLKSSZGET, &sector) != 0) {
-    return {Code::kIo, "can't read the size of " + name_ + ": " + std::strerror(errno)};
+  if (::ioctl(fd_, BLKSSZGET, &sector) != 0) {
+    return {Code::kIo, "can't read the sector size of " + name_ + ": " + std::strerror(errno)};
   }
   logical_sector_size_ = static_cast<uint32_t>(sector);
-  size_ = size_ / kPageSize * kPageSize;
   if (logical_sector_size_ > kPageSize) {
     return {Code::kUnsupported, name_ + " has sectors of " + std::to_string(sector) +
                                     " bytes; Holdfast needs sectors of at most 4096 bytes"};
@@ -97,6 +94,21 @@ Status FdDevice::examine() {
 
 FdDevice::~FdDevice() {
   if (owned_) ::close(fd_);
+}
+
+Status FdDevice::measure() {
+  uint64_t size = 0;
+  if (block_device_) {
+    if (::ioctl(fd_, BLKGETSIZE64, &size) != 0) {
+      return {Code::kIo, "can't ask for the size of " + name_ + ": " + std::strerror(errno)};
+    }
+  } else {
+    struct stat info{};
+    if (::fstat(fd_, &info) != 0) return {Code::kIo, "can't look at " + name_ + ": " + std::strerror(errno)};
+    size = static_cast<uint64_t>(info.st_size);
+  }
+  size_.store(size / kPageSize * kPageSize, std::memory_order_relaxed);
+  return {};
 }
 
 Status FdDevice::read(uint64_t offset, void* buffer, size_t length) {

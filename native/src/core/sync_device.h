@@ -4,6 +4,7 @@
 
 #include <sys/types.h>
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -56,7 +57,9 @@ class FdDevice final : public SyncDevice {
   int fd() const { return fd_; }
   bool is_block_device() const { return block_device_; }
   uint32_t logical_sector_size() const { return logical_sector_size_; }
-  uint64_t size_bytes() const override { return size_; }
+  uint64_t size_bytes() const override { return size_.load(std::memory_order_relaxed); }
+  // Asks the kernel for the size again: a device may grow, or shrink, while it is open. Thread-safe.
+  Status measure();
   const std::string& name() const override { return name_; }
   Status read(uint64_t offset, void* buffer, size_t length) override;
   Status write(uint64_t offset, const void* buffer, size_t length) override;
@@ -74,7 +77,7 @@ class FdDevice final : public SyncDevice {
   bool owned_;
   bool block_device_ = false;
   uint32_t logical_sector_size_ = 512;
-  uint64_t size_ = 0;
+  std::atomic<uint64_t> size_{0};
   std::string name_;
 };
 

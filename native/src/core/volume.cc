@@ -181,8 +181,8 @@ void VolumeImpl::park(RequestState* state, Need need) {
   if (slab) {
     held_++;
     if (state->held_since == 0) state->held_since = state->home->now_ns();
-    settle_for_space();
     want_slab();
+    if (claiming_ == 0) settle_for_space();  // none is coming
     arm_full_timer();
   } else if (!copy) {
     want_flush();

@@ -28,6 +28,7 @@ constexpr uint64_t kLastRetryNs = 1'000'000'000;
 // Where the cut's buffer keeps what: the new layer's pair, then the freezing one's.
 constexpr size_t kNewAt = 0;
 constexpr size_t kOldAt = 2 * kPageSize;
+constexpr size_t kBlotAt = 4 * kPageSize;
 }  // namespace
 
 void VolumeImpl::cut(const LayerSpec& new_top, const SnapshotInfo& snapshot, uint64_t timeout_ns, CutDone done) {
@@ -143,11 +144,50 @@ void VolumeImpl::cut_have_records(int error) {
       status = cut_prepare();
     }
     if (!status.ok()) hold_end(std::move(status));
-    else if (stage_ == HoldStage::kHeld) cut_write_records();
-    else hold_begin(cut_->timeout_ns);
+    else cut_blot();
   }
   end_background();
   unlock(lock);
+}
+
+// A torn copy of a record must not be made whole by the next one (pages.h).
+void VolumeImpl::cut_blot() {
+  const auto done = [](IoRequest* request, int error) {
+    static_cast<PageIo*>(request->user)->volume->cut_blotted(error);
+  };
+  blot(cut_->pages->data() + kBlotAt, format::kMagicLayer);
+  for (uint32_t i = 0; i < 2; i++) {
+    if (!cut_->torn[i]) continue;
+    const uint64_t address = layer_address(i == 0 ? cut_->top.slot : cut_->slot);
+    cut_io(i, IoOp::kWrite, address + uint64_t{cut_->io[i].tag} * kPageSize, kBlotAt, kPageSize, done);
+  }
+  if (cut_->outstanding == 0) return cut_hold();
+  for (uint32_t i = 0; i < 2; i++) {
+    if (cut_->torn[i]) device_.submit(&cut_->io[i].io);
+  }
+}
+
+void VolumeImpl::cut_blotted(int error) {
+  std::unique_lock lock(mu_);
+  if (error != 0) cut_->error = error;
+  if (--cut_->outstanding == 0) {
+    if (state_ == State::kAborted) {
+      hold_end(stopped_status("it was stopped before it was cut"));
+    } else if (cut_->error != 0) {
+      hold_end({Code::kIo, "volume " + std::to_string(spec_.volume_id) +
+                               " was not cut: a torn copy of its layers' records can't be written over. Check the pool's device and "
+                               "try again"});
+    } else {
+      cut_hold();
+    }
+  }
+  end_background();
+  unlock(lock);
+}
+
+void VolumeImpl::cut_hold() {
+  if (stage_ == HoldStage::kHeld) cut_write_records();
+  else hold_begin(cut_->timeout_ns);
 }
 
 // Makes the two records out of what stands in their slots. Both copies of each get the same sequence, one by one.
@@ -205,7 +245,8 @@ Status VolumeImpl::cut_prepare() {
       seal(page, environment_.pool, address + uint64_t{copy} * kPageSize, sequence + 1);
     }
     // The copy that does not serve comes first.
-    cut_->io[fresh ? 0 : 1].tag = copies.valid() ? static_cast<uint32_t>(1 - copies.newest) : 0;
+    cut_->io[fresh ? 0 : 1].tag = static_cast<uint32_t>(copies.next());
+    cut_->torn[fresh ? 0 : 1] = copies.state[copies.next()] == PageState::kBadCrc;
   }
   return {};
 }

@@ -428,6 +428,7 @@ void VolumeImpl::flush_finish(int error) {
     }
     flush_frozen_.clear();
     reclaim();
+    if (flush_home_->now_ns() - claimed_ns_ > kStreamGapNs) ahead_ = 1;  // the stream that wanted more is over
     release_spare();
     if (slab_waiters_ != nullptr) settle_for_space();
     if (slab_waiters_ != nullptr && list_head_ != kNoIndex) wake(slab_waiters_, slab_waiters_tail_);

@@ -45,6 +45,7 @@ void VolumeImpl::forget(const std::vector<SlabRun>& slabs, const std::vector<uin
   control_.kind = Control::Kind::kForget;
   control_.home = home;
   control_.done = std::move(done);
+  // When it is answered the slabs are wiped and handed on: reads that began before, in this very period too, may be at their places until then.
   forget_.epoch = epoch_;
   forget_.waiting = true;
   bump_epoch();

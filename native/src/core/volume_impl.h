@@ -164,7 +164,8 @@ class VolumeImpl final : public Volume {
   static constexpr uint32_t kFlushPagesMin = 8;
   static constexpr uint32_t kFlushDepth = 16;
   static constexpr uint32_t kAffinityChunks = 64;
-  static constexpr uint32_t kClaims = 4;  // at once
+  static constexpr uint32_t kClaims = 8;  // at once
+  static constexpr uint64_t kStreamGapNs = 10'000'000'000;  // without a claim, and no stream of first writes goes on
   static constexpr uint64_t kDiscardBatch = 2048;  // chunks looked at under one hold of the lock
 
   struct Layer {
@@ -345,15 +346,34 @@ class VolumeImpl final : public Volume {
   void list_slab(uint32_t slab);
   void unlist_slab(uint32_t slab);
   uint32_t usable_free(const Slab& slab) const { return slab.free_chunks - (format::kChunksPerSlab - usable_chunks_); }
-  // Free chunks that the volume wants to have, so that a stream of first writes need not wait for claims: a quarter of a
-  // slab while it is small, then a slab, and twice as many each time that a write had to wait after all.
-  uint64_t room_ahead() const {
-    return top_slabs_ < 2 ? std::max(1u, usable_chunks_ / 4) : std::min(ahead_, top_slabs_) * usable_chunks_;
+  // Slabs that the top layer lacks for a volume that is written all over.
+  uint64_t slabs_lacking() const {
+    const uint64_t slab_bytes = usable_chunks_ * format::kChunkSize;
+    const uint64_t room = top_slabs_ * slab_bytes;
+    return room >= size_bytes_ ? 0 : (size_bytes_ - room + slab_bytes - 1) / slab_bytes;
   }
-  void want_slab();               // locked: starts a claim if none runs
-  void claim_ahead();             // locked: starts as many as room_ahead() asks for
+  // Slabs that are claimed together: one, and twice as many each time that they came late, up to those in use.
+  uint64_t claim_batch() const {
+    const uint64_t in_use = top_slabs_ - free_total_ / usable_chunks_;
+    return std::max<uint64_t>(std::min({in_use, ahead_, slabs_lacking()}), 1);
+  }
+  // When fewer chunks are free, more slabs are claimed, so that a stream of first writes need not wait for them: a
+  // quarter of a slab while the volume is small, then as much as is claimed together.
+  uint64_t room_ahead() const {
+    if (slabs_lacking() == 0) return 0;
+    return top_slabs_ < 2 ? std::max(1u, usable_chunks_ / 4) : claim_batch() * usable_chunks_;
+  }
+  void want_slab();    // locked: starts claims if none run
+  void claim_ahead();  // locked: starts claims if none run and less than room_ahead() is free
+  void start_claims();            // locked
   bool start_claim();             // locked
   void claim_step(Claim& claim, int error);
+  void claim_failed(Claim& claim, int error);  // locked
+  void claim_ended(Claim& claim);              // locked
+  bool claim_looked(Claim& claim);             // locked
+  void claims_on();                            // locked
+  void claims_flushed(int error);
+  void claim_done(Claim& claim);               // locked
   void claim_submit(Claim& claim, IoOp op, uint32_t copy, uint32_t pages);
   std::string claim_objection(const Claim& claim, const format::SlabPage& page, PageState state) const;
   static void stock_has_some(Task* task);
@@ -450,6 +470,7 @@ class VolumeImpl final : public Volume {
     uint32_t step = 0;
     uint32_t outstanding = 0;
     int error = 0;
+    std::array<bool, 2> torn{};  // of the new layer's record and the freezing one's: the copy that is written first
     bool repeated = false;       // it happened before
     bool waits_release = false;  // for empty slabs to be back
     bool waits_grace = false;    // for reads to end: until every request of epoch `grace` and before has
@@ -469,6 +490,9 @@ class VolumeImpl final : public Volume {
   void cut_read();               // locked
   void cut_have_records(int error);
   Status cut_prepare();          // locked
+  void cut_blot();               // locked
+  void cut_blotted(int error);
+  void cut_hold();               // locked
   void cut_write_records();      // locked
   void cut_record_written(int error);
   void cut_commit();             // locked
@@ -733,7 +757,10 @@ class VolumeImpl final : public Volume {
   std::vector<Unclaimed> unclaimed_;  // granted or taken, but not claimed
   std::array<Claim, kClaims> claims_;
   uint32_t claiming_ = 0;             // of claims_, those under way
-  uint64_t ahead_ = 1;                // slabs: see room_ahead()
+  uint32_t claim_ios_ = 0;            // of theirs, at the device
+  PageIo claim_flush_;                // for all of them
+  uint64_t ahead_ = 1;                // slabs: see claim_batch()
+  uint64_t claimed_ns_ = 0;           // when the last ones were
   Release release_;
   std::deque<uint32_t> release_queue_;
   struct StockTask : Task {

@@ -14,6 +14,11 @@ using format::kPageSize;
 using format::SlabEntry;
 using format::SlabPage;
 
+namespace {
+// Lookups for which memory is asked ahead: as many as a core has at a time. It drops what comes on top.
+constexpr uint32_t kAhead = 16;
+}  // namespace
+
 // ---- slab pages
 
 void VolumeOpener::plan_reads() {
@@ -258,7 +263,7 @@ void VolumeOpener::load(const Granted& granted, const SlabPage& disk, const Copi
 
   if (granted.layer == 0) volume.add_to_top(index);
   VolumeImpl::Layer& layer = layer_of(granted.layer);
-  for (const SlabEntry& entry : page.entries) layer.map.prefetch(entry.logical_chunk);
+  for (uint32_t c = 0; c < kAhead; c++) layer.map.prefetch(page.entries[c].logical_chunk);
   uint32_t run_first = kNoChunk;
   uint32_t run_place = 0;
   uint32_t run_length = 0;
@@ -268,6 +273,7 @@ void VolumeOpener::load(const Granted& granted, const SlabPage& disk, const Copi
   };
   for (uint32_t c = 0; c < kChunksPerSlab; c++) {
     const SlabEntry& entry = page.entries[c];
+    if (c + kAhead < kChunksPerSlab) layer.map.prefetch(page.entries[c + kAhead].logical_chunk);
     if (entry.logical_chunk == kNoChunk) continue;
     volume.data_chunks_ += entry.data != 0;
     const uint32_t chunk = entry.logical_chunk;
@@ -342,11 +348,7 @@ void VolumeOpener::have_pages() {
   blot_torn(0);
 }
 
-// A torn copy is not dead: it lacks some sectors of a page that was never durable, and those of the next page written
-// over it may be the very same. Torn in its turn, that write would make the lost page whole, newer than the one that
-// serves, and it may map chunks that have another use by now. So before anything else such a copy becomes one that
-// shares no sector with any page: the magic, so that it counts as torn still, then all ones, which is neither an entry
-// nor a hole range nor anything in a header.
+// Made whole by the next write to it (pages.h), a torn copy might map chunks that have another use by now.
 void VolumeOpener::blot_torn(int error) {
   if (error != 0) {
     return refuse(Code::kIo, "a torn copy of a slab's page can't be written over " + errno_text(error) +
@@ -355,8 +357,7 @@ void VolumeOpener::blot_torn(int error) {
   if (torn_.empty()) return pages_settled();
   const uint64_t address = torn_.back();
   torn_.pop_back();
-  std::memset(pages_.data(), 0xff, kPageSize);
-  std::memcpy(pages_.data(), &format::kMagicSlab, sizeof format::kMagicSlab);
+  blot(pages_.data(), format::kMagicSlab);
   submit(IoOp::kWrite, address, 1, 0, &VolumeOpener::blot_torn);
 }
 

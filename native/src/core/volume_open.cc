@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <utility>
 
 #include "volume_opener.h"
 
@@ -148,6 +149,9 @@ void VolumeOpener::have_record() {
                              std::to_string(address + uint64_t(damaged) * kPageSize) + " of the pool) " +
                              page_state_text(copies.state[damaged]) + "; the other copy serves");
   }
+  if (copies.state[0] == PageState::kBadCrc || copies.state[1] == PageState::kBadCrc) {
+    torn_record_ = address + (copies.state[0] == PageState::kBadCrc ? 0 : kPageSize);
+  }
   bool fresh = true;
   VolumeRecord& record = volume_->record_;
   if (copies.valid()) {
@@ -243,7 +247,11 @@ void VolumeOpener::have_layer(int error) {
       return refuse(Code::kStale, "the record slot of its layer belongs to layer " + std::to_string(found.layer_id));
     }
   }
-  layer_copy_ = copies.valid() ? static_cast<uint32_t>(1 - copies.newest) : 0;
+  layer_copy_ = static_cast<uint32_t>(copies.next());
+  if (copies.state[layer_copy_] == PageState::kBadCrc && !std::exchange(layer_blotted_, true)) {
+    blot(pages_.data(), format::kMagicLayer);
+    return submit(IoOp::kWrite, layer_address() + uint64_t{layer_copy_} * kPageSize, 1, 0, &VolumeOpener::layer_blotted);
+  }
   LayerRecord record{};
   record.layer_id = top.layer_id;
   record.parent_layer_id = top.parent_layer_id;
@@ -257,6 +265,11 @@ void VolumeOpener::have_layer(int error) {
     seal(page, environment_.pool, layer_address() + uint64_t{copy} * kPageSize, sequence + 1);
   }
   write_layer(&VolumeOpener::layer_half_written);
+}
+
+void VolumeOpener::layer_blotted(int error) {
+  if (error != 0) return refuse(Code::kIo, "a torn copy of its layer's record can't be written over " + errno_text(error));
+  read_pair(layer_address(), &VolumeOpener::have_layer);
 }
 
 void VolumeOpener::write_layer(void (VolumeOpener::*then)(int)) {
@@ -274,8 +287,20 @@ void VolumeOpener::layer_written(int error) {
   write_record();
 }
 
+// Made whole by the next write to it (pages.h), a torn copy might be the record of a volume that never came to be, and has been deleted.
+void VolumeOpener::blot_record(int error) {
+  if (error != 0) {
+    return refuse(Code::kIo, "a torn copy of its record can't be written over " + errno_text(error) + "; check the pool's device");
+  }
+  write_record();
+}
+
 // {epoch, host, generation, open} durable before anything else is read as ours or written.
 void VolumeOpener::write_record() {
+  if (const uint64_t torn = std::exchange(torn_record_, 0); torn != 0) {
+    blot(pages_.data(), format::kMagicVolume);
+    return submit(IoOp::kWrite, torn, 1, 0, &VolumeOpener::blot_record);
+  }
   VolumeRecord& record = volume_->record_;
   record.header.flags = 0;
   record.state = VolumeState::kOpen;

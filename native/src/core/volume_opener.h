@@ -81,9 +81,11 @@ class VolumeOpener {
   void first_open();
   uint64_t layer_address() const;
   void have_layer(int error);
+  void layer_blotted(int error);
   void write_layer(void (VolumeOpener::*then)(int));
   void layer_half_written(int error);
   void layer_written(int error);
+  void blot_record(int error);
   void write_record();
   void post_step(void (VolumeOpener::*step)());
   void record_written();
@@ -133,6 +135,8 @@ class VolumeOpener {
   iovec iov_{};
   void (VolumeOpener::*then_)(int) = nullptr;
   uint32_t outstanding_ = 0;
+  uint64_t torn_record_ = 0;  // address of a copy of the volume's record that fails its checksum; 0: none
+  bool layer_blotted_ = false;
   uint32_t layer_copy_ = 0;
   int record_error_ = 0;
   void (VolumeOpener::*step_)() = nullptr;

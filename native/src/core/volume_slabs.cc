@@ -66,22 +66,28 @@ void VolumeImpl::settle_for_space() {
 
 // ---- claiming
 
-// Ahead of need, so that a stream of first writes does not stop at the end of each slab. Several
-// claims at once share the device's flushes and hide each other's latency.
+// Ahead of need, so that a stream of first writes does not stop at the end of each slab.
 void VolumeImpl::claim_ahead() {
-  while (free_total_ + uint64_t{claiming_} * usable_chunks_ < room_ahead() && start_claim()) {
-  }
+  if (claiming_ == 0 && free_total_ < room_ahead()) start_claims();
 }
 
 // A write waits for one.
 void VolumeImpl::want_slab() {
-  if (claiming_ > 0 && top_slabs_ >= 2) ahead_ = std::min<uint64_t>(2 * ahead_, kClaims);  // it was asked for too late
-  if (claiming_ == 0) start_claim();
+  if (claiming_ == 0) start_claims();
+  else if (top_slabs_ >= 2) ahead_ = std::min<uint64_t>(2 * ahead_, kClaims);  // they were asked for too late
 }
 
-// False: there is none to be had now, or enough are under way.
+// All that are claimed at a time go step by step together and share two device flushes: beside a stream of writes each
+// flush costs it tens of milliseconds on a disk with a cache of its own.
+void VolumeImpl::start_claims() {
+  HF_ASSERT(claiming_ == 0);
+  for (uint64_t more = claim_batch(); more > 0 && start_claim(); more--) {
+  }
+}
+
+// False: there is none to be had now. At most kClaims at a time: start_claims() sees to it.
 bool VolumeImpl::start_claim() {
-  if (claiming_ == kClaims || stock_waiting_ || state_ != State::kOpen || holding_) return false;
+  if (stock_waiting_ || state_ != State::kOpen || holding_) return false;
   Claim& claim = *std::find_if(claims_.begin(), claims_.end(),
                                [](const Claim& one) { return one.stage == Claim::Stage::kIdle; });
   claim.volume = this;
@@ -124,8 +130,7 @@ bool VolumeImpl::start_claim() {
     }
   }
   if (claim.pages == nullptr) claim.pages = std::make_unique<PageBuffer>(2 * kPageSize);
-  start_background();
-  claiming_++;
+  if (claiming_++ == 0) start_background();
   claim.stage = Claim::Stage::kRead;
   claim_submit(claim, IoOp::kRead, 0, 2);
   return true;
@@ -135,7 +140,7 @@ void VolumeImpl::claim_submit(Claim& claim, IoOp op, uint32_t copy, uint32_t pag
   PageIo& io = claim.io;
   io.iov = {claim.pages->data() + size_t{copy} * kPageSize, size_t{pages} * kPageSize};
   io.io.op = op;
-  io.io.fua = op == IoOp::kWrite;
+  io.io.fua = false;
   io.io.offset = page_offset(claim.slab.slab, copy);
   io.io.length = io.iov.iov_len;
   io.io.iov = &io.iov;
@@ -145,6 +150,7 @@ void VolumeImpl::claim_submit(Claim& claim, IoOp op, uint32_t copy, uint32_t pag
     Claim* done = static_cast<Claim*>(request->user);
     done->volume->claim_step(*done, error);
   };
+  claim_ios_++;
   device_.submit(&io.io);
 }
 
@@ -180,65 +186,111 @@ std::string VolumeImpl::claim_objection(const Claim& claim, const SlabPage& page
 
 void VolumeImpl::claim_step(Claim& claim, int error) {
   std::unique_lock lock(mu_);
-  const Claim::Stage stage = claim.stage;
-  if (state_ == State::kAborted || error != 0) {
-    claim.stage = Claim::Stage::kIdle;
-    claiming_--;
-    if (state_ != State::kAborted) {
-      unclaimed_.push_back({claim.slab, claim.directory, claim.known});
-      event(Code::kIo, "volume " + std::to_string(spec_.volume_id) + ": slab " + std::to_string(claim.slab.slab) +
-                           " could not be claimed: its page can't be " +
-                           (stage == Claim::Stage::kRead ? "read" : "written") + " (errno " + std::to_string(error) +
-                           "). Writes to new places fail until it can; check the pool's device");
-      if (list_head_ == kNoIndex && claiming_ == 0) fail_waiting(slab_waiters_, slab_waiters_tail_, EIO);
-    }
-    hold_drained();
-    end_background();
-    return unlock(lock);
+  claim_ios_--;
+  if (state_ == State::kAborted || error != 0) claim_failed(claim, error);
+  else if (claim.stage == Claim::Stage::kRead && claim_looked(claim)) claim_submit(claim, IoOp::kWrite, claim.first, 1);
+  claims_on();
+  unlock(lock);
+}
+
+void VolumeImpl::claim_failed(Claim& claim, int error) {
+  const bool read = claim.stage == Claim::Stage::kRead;
+  if (state_ != State::kAborted) {
+    unclaimed_.push_back({claim.slab, claim.directory, claim.known});
+    event(Code::kIo, "volume " + std::to_string(spec_.volume_id) + ": slab " + std::to_string(claim.slab.slab) +
+                         " could not be claimed: its page can't be " + (read ? "read" : "written") + " (errno " +
+                         std::to_string(error) +
+                         "). Writes to new places fail until it can; check the pool's device");
   }
-  if (stage == Claim::Stage::kRead) {
-    for (uint32_t copy = 0; copy < 2; copy++) {
-      const auto& page = claim.pages->at<SlabPage>(size_t{copy} * kPageSize);
-      const PageState state = verify(page, environment_.pool, page_offset(claim.slab.slab, copy));
-      const std::string objection = claim_objection(claim, page, state);
-      if (!objection.empty()) {
-        arena_->set_claim_state(claim.directory, PageArena::ClaimState::kFree);
-        claim.stage = Claim::Stage::kIdle;
-        claiming_--;
-        event(Code::kStale, "volume " + std::to_string(spec_.volume_id) + ": slab " + std::to_string(claim.slab.slab) +
-                                " was handed out with generation " + std::to_string(claim.slab.generation) +
-                                ", but its page (copy " + "AB"[copy] + ") " + objection +
-                                "; it is left alone. Run `holdfast pool check` to see whose it is");
-        want_slab();
-        hold_drained();
-        end_background();
-        return unlock(lock);
-      }
-      // A page of this very generation may carry a number that this opening has not used yet.
-      if (state == PageState::kOk && page.generation == claim.slab.generation) {
-        flush_number_ = std::max(flush_number_, page.header.sequence);
-      }
-    }
-    // A claim that was cut off before has left one copy torn perhaps: the other one stays until that is whole.
-    const Copies copies = choose_slab(claim.pages->at<SlabPage>(0), claim.pages->at<SlabPage>(kPageSize),
-                                      environment_.pool, page_offset(claim.slab.slab, 0));
-    claim.first = static_cast<uint32_t>(copies.next());
-    flush_number_++;
-    arena_->raise_flush_number(flush_number_);
-    for (uint32_t copy = 0; copy < 2; copy++) {
-      seal_empty_page(claim.pages->data() + size_t{copy} * kPageSize, claim.slab, top().id, copy, flush_number_);
-    }
-    claim.stage = Claim::Stage::kWriteFirst;
-    claim_submit(claim, IoOp::kWrite, claim.first, 1);
-    return unlock(lock);
+  claim_ended(claim);
+  if (state_ != State::kAborted && list_head_ == kNoIndex && claiming_ == 0) {
+    fail_waiting(slab_waiters_, slab_waiters_tail_, EIO);
   }
-  if (stage == Claim::Stage::kWriteFirst) {
-    claim.stage = Claim::Stage::kWriteSecond;
-    claim_submit(claim, IoOp::kWrite, 1 - claim.first, 1);
-    return unlock(lock);
-  }
+}
+
+void VolumeImpl::claim_ended(Claim& claim) {
   claim.stage = Claim::Stage::kIdle;
+  HF_ASSERT(claiming_ > 0);
   claiming_--;
+}
+
+// Whether the slab is ours to claim; its pages are sealed then.
+bool VolumeImpl::claim_looked(Claim& claim) {
+  for (uint32_t copy = 0; copy < 2; copy++) {
+    const auto& page = claim.pages->at<SlabPage>(size_t{copy} * kPageSize);
+    const PageState state = verify(page, environment_.pool, page_offset(claim.slab.slab, copy));
+    const std::string objection = claim_objection(claim, page, state);
+    if (!objection.empty()) {
+      arena_->set_claim_state(claim.directory, PageArena::ClaimState::kFree);
+      event(Code::kStale, "volume " + std::to_string(spec_.volume_id) + ": slab " + std::to_string(claim.slab.slab) +
+                              " was handed out with generation " + std::to_string(claim.slab.generation) +
+                              ", but its page (copy " + "AB"[copy] + ") " + objection +
+                              "; it is left alone. Run `holdfast pool check` to see whose it is");
+      claim_ended(claim);
+      return false;
+    }
+    // A page of this very generation may carry a number that this opening has not used yet.
+    if (state == PageState::kOk && page.generation == claim.slab.generation) {
+      flush_number_ = std::max(flush_number_, page.header.sequence);
+    }
+  }
+  // A claim that was cut off before has left one copy torn perhaps: the other one stays until that is whole.
+  const Copies copies = choose_slab(claim.pages->at<SlabPage>(0), claim.pages->at<SlabPage>(kPageSize),
+                                    environment_.pool, page_offset(claim.slab.slab, 0));
+  claim.first = static_cast<uint32_t>(copies.next());
+  flush_number_++;
+  arena_->raise_flush_number(flush_number_);
+  for (uint32_t copy = 0; copy < 2; copy++) {
+    seal_empty_page(claim.pages->data() + size_t{copy} * kPageSize, claim.slab, top().id, copy, flush_number_);
+  }
+  claim.stage = Claim::Stage::kWriteFirst;
+  return true;
+}
+
+// When all that are under way have come equally far, the device is flushed for all of them; when none is, it is over.
+void VolumeImpl::claims_on() {
+  if (claim_ios_ > 0) return;
+  if (claiming_ > 0) {
+    claim_flush_.io.op = IoOp::kFlush;
+    claim_flush_.io.offset = 0;
+    claim_flush_.io.length = 0;
+    claim_flush_.io.user = this;
+    claim_flush_.io.done = [](IoRequest* io, int error) { static_cast<VolumeImpl*>(io->user)->claims_flushed(error); };
+    claim_ios_++;
+    device_.submit(&claim_flush_.io);
+    return;
+  }
+  if (slab_waiters_ != nullptr) want_slab();
+  hold_drained();
+  end_background();
+}
+
+void VolumeImpl::claims_flushed(int error) {
+  std::unique_lock lock(mu_);
+  claim_ios_--;
+  // Half of what was there when they were asked for is gone: next time it might be all.
+  const bool late = top_slabs_ >= 2 && 2 * free_total_ < room_ahead();
+  bool claimed = false;
+  for (Claim& claim : claims_) {
+    if (claim.stage == Claim::Stage::kIdle) continue;
+    if (state_ == State::kAborted || error != 0) {
+      claim_failed(claim, error);
+    } else if (claim.stage == Claim::Stage::kWriteFirst) {
+      claim.stage = Claim::Stage::kWriteSecond;
+      claim_submit(claim, IoOp::kWrite, 1 - claim.first, 1);
+    } else {
+      claim_done(claim);
+      claimed = true;
+    }
+  }
+  if (claimed) claimed_ns_ = Executor::current()->now_ns();
+  if (claimed && late) ahead_ = std::min<uint64_t>(2 * ahead_, kClaims);
+  if (claimed && slab_waiters_ != nullptr) wake(slab_waiters_, slab_waiters_tail_);
+  claims_on();
+  unlock(lock);
+}
+
+void VolumeImpl::claim_done(Claim& claim) {
   arena_->set_claim_state(claim.directory, PageArena::ClaimState::kClaimed);
   const uint32_t index = slabs_.add();
   Slab& slab = slabs_[index];
@@ -250,10 +302,7 @@ void VolumeImpl::claim_step(Claim& claim, int error) {
   add_to_top(index);
   list_slab(index);
   notices_.push_back({true, top().id, slab.number, slab.generation});
-  if (slab_waiters_ != nullptr) wake(slab_waiters_, slab_waiters_tail_);
-  hold_drained();
-  end_background();
-  unlock(lock);
+  claim_ended(claim);
 }
 
 // ---- waiting for the stock
@@ -356,7 +405,7 @@ void VolumeImpl::maybe_release(uint32_t index) {
   HF_ASSERT(listed(slab));
   ahead_ = 1;  // it shrinks
   // Not the last room, nor what a held write is about to take: it would only have to be claimed again.
-  if (slab_waiters_ != nullptr || free_total_ < usable_chunks_ + room_ahead()) return;
+  if (slab_waiters_ != nullptr || free_total_ < usable_chunks_ + 2 * room_ahead()) return;
   unlist_slab(index);
   slab.state = SlabState::kReleasing;
   release_queue_.push_back(index);
@@ -366,7 +415,7 @@ void VolumeImpl::maybe_release(uint32_t index) {
 // Empty slabs that were kept when they became empty, for a write that was held then.
 void VolumeImpl::release_spare() {
   uint32_t index = list_head_;
-  for (uint32_t seen = 0; seen < 16 && index != kNoIndex && free_total_ > usable_chunks_ + room_ahead(); seen++) {
+  for (uint32_t seen = 0; seen < 16 && index != kNoIndex && free_total_ > usable_chunks_ + 2 * room_ahead(); seen++) {
     const uint32_t next = slabs_[index].list_next;
     maybe_release(index);
     index = next;

@@ -9,6 +9,7 @@
 #pragma once
 
 #include <atomic>
+#include <deque>
 #include <condition_variable>
 #include <functional>
 #include <future>
@@ -142,12 +143,26 @@ class EngineVolume : public std::enable_shared_from_this<EngineVolume> {
   std::unique_ptr<Volume> volume_;
 };
 
+// A pool, and how much of its device is not used yet.
+struct PoolRoom {
+  PoolInfo info;
+  uint64_t device_bytes = 0;       // of the device, now
+  uint64_t slabs_possible = 0;     // if the pool grew into it
+};
+
 class EnginePool final : public std::enable_shared_from_this<EnginePool>, private VolumeObserver {
  public:
   EnginePool(std::shared_ptr<Engine> engine, PoolSpec spec);
   ~EnginePool() override;
 
-  const PoolInfo& info() const { return info_; }
+  // As it is now. References stay good for as long as the pool: what a pool was before it grew is kept.
+  const PoolInfo& info() const { return *info_.load(std::memory_order_acquire); }
+  // Measures the device and reads the superblock again, so that slabs which some host has added are usable here too.
+  // kTooSmall: the device is smaller than the pool.
+  Result<PoolRoom> look();
+  // Adds the slabs for which the device has room, as far as `limit_bytes` of it. Needs the lease. One host at a time:
+  // it writes pages of slabs that nobody has.
+  Result<PoolRoom> grow(uint64_t limit_bytes);
   const PoolSpec& spec() const { return spec_; }
   LeaseState lease_state() const;
   std::vector<std::shared_ptr<EngineVolume>> volumes() const;
@@ -182,6 +197,7 @@ class EnginePool final : public std::enable_shared_from_this<EnginePool>, privat
   Status end_life(LeaseState state, const std::string& why);  // lease thread, or before it runs
   Status ask_lease_thread(Ask ask);
   void adopt_volumes();
+  void learn(PoolInfo info);
   void watch_lease();              // housekeeping: tells when the lease state changes
   Status let_go(unsigned timeout_ms);
   void remove(EngineVolume* volume);
@@ -194,7 +210,9 @@ class EnginePool final : public std::enable_shared_from_this<EnginePool>, privat
 
   std::shared_ptr<Engine> engine_;
   PoolSpec spec_;
-  PoolInfo info_;
+  mutable std::mutex infos_mutex_;
+  std::deque<PoolInfo> infos_;     // each that ever was info(): volumes point into them
+  std::atomic<const PoolInfo*> info_{nullptr};
   int fd_ = -1;                    // carries the flock and all I/O
   std::unique_ptr<FdDevice> sync_;
   std::unique_ptr<UringDevice> uring_;

@@ -43,7 +43,9 @@ std::string pool_entry_name(const format::Uuid& uuid) { return "pool/" + uuid_te
 }  // namespace
 
 EnginePool::EnginePool(std::shared_ptr<Engine> engine, PoolSpec spec)
-    : engine_(std::move(engine)), spec_(std::move(spec)) {}
+    : engine_(std::move(engine)), spec_(std::move(spec)) {
+  learn({});
+}
 
 EnginePool::~EnginePool() {
   HF_ASSERT(!lease_thread_.joinable());
@@ -175,20 +177,20 @@ Status EnginePool::join(bool taking_over) {
   Result<std::unique_ptr<FdDevice>> device = FdDevice::borrow(fd_, spec_.device_path);
   if (!device.ok()) return device.status;
   sync_ = std::move(*device);
-  Result<PoolInfo> info = read_pool_at(*sync_);
-  if (!info.ok()) return info.status;
-  info_ = std::move(*info);
-  if (info_.uuid != spec_.uuid) {
-    return {Code::kWrongPool, spec_.device_path + " holds pool " + uuid_text(info_.uuid) + ", not " +
+  Result<PoolInfo> found = read_pool_at(*sync_);
+  if (!found.ok()) return found.status;
+  learn(std::move(*found));
+  if (info().uuid != spec_.uuid) {
+    return {Code::kWrongPool, spec_.device_path + " holds pool " + uuid_text(info().uuid) + ", not " +
                                   uuid_text(spec_.uuid)};
   }
-  if (info_.read_only) {
+  if (info().read_only) {
     return {Code::kUnsupported, "pool " + uuid_text(spec_.uuid) +
                                     " has a feature that this release may only read past; use a newer release"};
   }
-  if (spec_.host_id >= info_.host_slots) {
+  if (spec_.host_id >= info().host_slots) {
     return {Code::kInvalidArgument, "host id " + std::to_string(spec_.host_id) + " is past the pool's " +
-                                        std::to_string(info_.host_slots) + " host slots"};
+                                        std::to_string(info().host_slots) + " host slots"};
   }
   uring_ = std::make_unique<UringDevice>(fd_, sync_->size_bytes());
   gate_ = std::make_unique<PoolGate>([] { return boottime_ns(); });
@@ -205,7 +207,7 @@ Status EnginePool::join(bool taking_over) {
     });
   }
   LeaseOptions options;
-  options.superblock = info_.superblock;
+  options.superblock = info().superblock;
   options.host_id = spec_.host_id;
   options.generation = spec_.generation;
   options.node_name = spec_.node_name;
@@ -239,6 +241,38 @@ Status EnginePool::join(bool taking_over) {
     emit(std::move(event));
     std::this_thread::sleep_for(std::chrono::milliseconds(500));
   }
+}
+
+void EnginePool::learn(PoolInfo info) {
+  std::lock_guard lock(infos_mutex_);
+  infos_.push_back(std::move(info));
+  info_.store(&infos_.back(), std::memory_order_release);
+}
+
+Result<PoolRoom> EnginePool::look() {
+  if (Status status = sync_->measure(); !status.ok()) return status;
+  Result<PoolInfo> found = read_pool_at(*sync_);
+  if (!found.ok()) return found.status;
+  if (found->uuid != spec_.uuid) {
+    return Status{Code::kWrongPool, spec_.device_path + " holds pool " + uuid_text(found->uuid) + " now, not " +
+                                        uuid_text(spec_.uuid)};
+  }
+  uring_->set_size(sync_->size_bytes());
+  if (found->slab_count > info().slab_count) learn(*found);
+  const PoolInfo& now = info();
+  return PoolRoom{now, sync_->size_bytes(), slabs_after_growth(now, sync_->size_bytes())};
+}
+
+Result<PoolRoom> EnginePool::grow(uint64_t limit_bytes) {
+  if (Status status = sync_->measure(); !status.ok()) return status;
+  if (sync_->size_bytes() < limit_bytes) {
+    return Status{Code::kTooSmall, spec_.device_path + " has " + std::to_string(sync_->size_bytes()) +
+                                       " bytes here, and the pool was to grow into " + std::to_string(limit_bytes) +
+                                       ". Rescan the device on this machine"};
+  }
+  Result<PoolInfo> grown = grow_pool(*gated_, info(), {}, limit_bytes);
+  if (!grown.ok()) return grown.status;
+  return look();
 }
 
 Status EnginePool::keep() {
@@ -389,7 +423,7 @@ void EnginePool::start_lease_thread() {
 void EnginePool::lease_loop() {
   pthread_setname_np(pthread_self(), "hf-lease");
   setpriority(PRIO_PROCESS, 0, -15);  // of this thread; without CAP_SYS_NICE it stays as it is
-  const auto interval = std::chrono::milliseconds(info_.renew_interval_ms);
+  const auto interval = std::chrono::milliseconds(info().renew_interval_ms);
   std::unique_lock lock(lease_mutex_);
   auto next = std::chrono::steady_clock::now() + interval;
   for (;;) {
@@ -445,11 +479,11 @@ std::vector<std::shared_ptr<EngineVolume>> EnginePool::volumes() const {
 
 Status EnginePool::add_slabs(const std::vector<SlabRun>& runs) {
   for (const SlabRun& run : runs) {
-    if (run.generation == 0 || run.first >= info_.slab_count || run.count > info_.slab_count - run.first) {
+    if (run.generation == 0 || run.first >= info().slab_count || run.count > info().slab_count - run.first) {
       return {Code::kInvalidArgument, "slabs " + std::to_string(run.first) + " to " +
                                           std::to_string(run.first + run.count) + " (generation " +
                                           std::to_string(run.generation) + ") are not slabs of this pool, which has " +
-                                          std::to_string(info_.slab_count)};
+                                          std::to_string(info().slab_count)};
     }
   }
   return stock_->add(runs);
@@ -462,15 +496,15 @@ Result<std::shared_ptr<EngineVolume>> EnginePool::open_volume(VolumeSpec spec, b
   const LeaseState lease = lease_state();
   if (lease == LeaseState::kFenced || lease == LeaseState::kStopped) {
     return Status{Code::kFenced, "this host generation is " + std::string(lease_state_name(lease)) + " on pool " +
-                                     info_.name + "; join it again"};
+                                     info().name + "; join it again"};
   }
   if (lease != LeaseState::kValid) {
-    return Status{Code::kLeaseExpired, "the lease on pool " + info_.name + " is held; try again when it is valid"};
+    return Status{Code::kLeaseExpired, "the lease on pool " + info().name + " is held; try again when it is valid"};
   }
   auto volume = std::make_shared<EngineVolume>(shared_from_this(), std::move(spec), with_device);
   {
     std::lock_guard lock(volumes_mutex_);
-    if (closing_) return Status{Code::kBusy, "pool " + info_.name + " is being closed"};
+    if (closing_) return Status{Code::kBusy, "pool " + info().name + " is being closed"};
     if (volumes_.count(id) != 0) {
       return Status{Code::kAlreadyExists, "volume " + std::to_string(id) + " is open here already"};
     }
@@ -509,7 +543,7 @@ Status EnginePool::close() {
     std::lock_guard lock(volumes_mutex_);
     if (closing_) return {};
     if (!volumes_.empty()) {
-      return {Code::kBusy, std::to_string(volumes_.size()) + " volumes of pool " + info_.name +
+      return {Code::kBusy, std::to_string(volumes_.size()) + " volumes of pool " + info().name +
                                " are open; close or detach them first"};
     }
     closing_ = true;

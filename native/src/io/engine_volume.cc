@@ -164,7 +164,7 @@ Status EngineVolume::open_volume(bool taking_over) {
   }
   environment.device = device_.get();
   environment.pool = pool_->spec_.uuid;
-  environment.superblock = &pool_->info_.superblock;
+  environment.superblock = &pool_->info().superblock;
   environment.stock = pool_->stock_.get();
   environment.observer = pool_.get();
   environment.arena = arena_.get();
@@ -341,7 +341,7 @@ Status EngineVolume::adopt(KeptEntry entry) {
 // spec is another one now.
 bool EngineVolume::learn_record() {
   std::lock_guard lock(state_mutex_);
-  const auto record = read_volume_record(*pool_->sync_, pool_->info_.superblock, spec_.slot);
+  const auto record = read_volume_record(*pool_->sync_, pool_->info().superblock, spec_.slot);
   if (!record.ok() || !record.value->has_value()) return false;  // open() says what is wrong
   const VolumeRecordInfo& info = **record.value;
   if (info.volume_id != spec_.volume_id || info.epoch != spec_.epoch || spec_.layers.empty()) return false;
@@ -350,7 +350,7 @@ bool EngineVolume::learn_record() {
       spec_.layers[0].layer_id != info.top_layer_id) {
     LayerSpec& frozen = spec_.layers[0];
     frozen.frozen = true;
-    const auto layer = read_layer_record(*pool_->sync_, pool_->info_.superblock, frozen.slot);
+    const auto layer = read_layer_record(*pool_->sync_, pool_->info().superblock, frozen.slot);
     const bool known = layer.ok() && layer.value->has_value() && (**layer.value).layer_id == frozen.layer_id;
     frozen.size_bytes = known ? (**layer.value).size_bytes : spec_.size_bytes;
     spec_.layers.insert(spec_.layers.begin(), *spec_.next_top);
@@ -689,7 +689,7 @@ Status EngineVolume::revoke() {
   if (state() == State::kGone) return {};
   const VolumeSpec spec = this->spec();
   if (spec.read_only) return {};  // a reader has no part in the record
-  return write_volume_closed(*pool_->gated_, pool_->info_.superblock, spec.slot, spec.volume_id, spec.epoch);
+  return write_volume_closed(*pool_->gated_, pool_->info().superblock, spec.slot, spec.volume_id, spec.epoch);
 }
 
 Status EngineVolume::detach() {
@@ -712,7 +712,7 @@ bool EngineVolume::still_ours(Status* held) {
   const VolumeSpec spec = this->spec();
   if (spec.read_only) {
     // Readers write no record: one of a later epoch is a writer's, who was granted when this reader counted as dead.
-    const auto record = read_volume_record(*pool_->sync_, pool_->info_.superblock, spec.slot);
+    const auto record = read_volume_record(*pool_->sync_, pool_->info().superblock, spec.slot);
     *held = record.status;
     if (!record.ok() || !record.value->has_value()) return true;
     const VolumeRecordInfo& info = **record.value;
@@ -720,7 +720,7 @@ bool EngineVolume::still_ours(Status* held) {
     *held = {Code::kStale, "its record is of epoch " + std::to_string(info.epoch)};
     return false;
   }
-  *held = check_volume_still_ours(*pool_->sync_, pool_->info_.superblock, spec.slot, spec.volume_id, spec.epoch,
+  *held = check_volume_still_ours(*pool_->sync_, pool_->info().superblock, spec.slot, spec.volume_id, spec.epoch,
                                   spec.host_id, spec.generation);
   return held->code != Code::kStale;
 }

@@ -17,7 +17,8 @@ class UringDevice final : public BlockDevice {
   UringDevice(int fd, uint64_t size_bytes) : fd_(fd), size_bytes_(size_bytes) {}
   // From now on the gate is looked at again right before a batch goes to the kernel. It must outlive every request.
   void set_gate(const PoolGate* gate) { gate_ = gate; }
-  uint64_t size_bytes() const override { return size_bytes_; }
+  uint64_t size_bytes() const override { return size_bytes_.load(std::memory_order_relaxed); }
+  void set_size(uint64_t size_bytes) { size_bytes_.store(size_bytes, std::memory_order_relaxed); }
   void submit(IoRequest* request) override;
 
  private:
@@ -28,7 +29,7 @@ class UringDevice final : public BlockDevice {
 
   int fd_;
   const PoolGate* gate_ = nullptr;
-  uint64_t size_bytes_;
+  std::atomic<uint64_t> size_bytes_;
   std::atomic<int> discard_way_{0};  // see uring_device.cc
 };
 

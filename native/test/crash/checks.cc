@@ -21,6 +21,14 @@ Copies World::newest_page(uint64_t slab, SlabPage* page) const {
   return copies;
 }
 
+Copies World::durable_page(uint64_t slab, SlabPage* page) const {
+  SlabPage pair[2];
+  disk.peek_durable(page_address(slab), pair, sizeof pair);
+  const Copies copies = choose_slab(pair[0], pair[1], kPoolUuid, page_address(slab));
+  if (copies.valid()) *page = pair[copies.newest];
+  return copies;
+}
+
 // ---- every write and discard
 
 void World::submitted(const IoRequest& request) {
@@ -28,6 +36,7 @@ void World::submitted(const IoRequest& request) {
   if (request.op == IoOp::kWrite && is_page(request.offset)) {
     page_writes++;
     for (uint64_t at = 0; at < request.length; at += kBlock) check_overwrite(request.offset + at);
+    if (request.length == kBlock) check_page_of_job(request.offset, request.iov[0].iov_base);
     return;
   }
   const uint64_t data = format::slab_data_offset(superblock.first_region_offset, 0);
@@ -49,6 +58,7 @@ void World::submitted(const IoRequest& request) {
     fail("data goes into slab " + std::to_string(slab) + " of a layer that is frozen");
   }
   check_claimed(slab, owner);
+  if (owner == merging && owner != 0) check_merge_data(slab, request);
 }
 // A slab is discarded while it is still its old owner's, and when no copy of its page says so any more: late, it would
 // meet the next owner's data; early, a crash would leave a map to nothing.
@@ -88,6 +98,13 @@ void World::check_overwrite(uint64_t address) {
   else serves = newer(pair.at<VolumeRecord>(0), pair.at<VolumeRecord>(kBlock));
   if (serves >= 0 && pair_address + static_cast<uint64_t>(serves) * kBlock == address) {
     fail("the copy that serves is written over, at byte " + std::to_string(address));
+  }
+  // As good as each other: then the other one must not be on its way to the disk either.
+  const uint64_t other = pair_address + (address == pair_address ? kBlock : 0);
+  PageBuffer seen(kBlock);
+  disk.peek(other, seen.data(), kBlock);
+  if (serves < 0 && std::memcmp(seen.data(), pair.data() + (other - pair_address), kBlock) != 0) {
+    fail("both copies of a page may be torn at once, at byte " + std::to_string(address));
   }
 }
 
@@ -213,22 +230,108 @@ void World::check_equal_copies(const SimVolume& one) {
 
 // ---- what strips may take, and must
 
-void World::add_coverage(const LayerSpec& of, Coverage* to) const {
+void World::add_coverage(const SlabPage& page, Coverage* to) {
+  for (const SlabEntry& entry : page.entries) {
+    if (entry.logical_chunk != format::kNoChunk) (*to)[entry.logical_chunk] |= uint16_t(entry.data | entry.zero);
+  }
+  for (uint32_t i = 0; i < page.hole_count; i++) {
+    for (uint32_t c = 0; c < page.holes[i].length; c++) (*to)[page.holes[i].start + c] = 0xffff;
+  }
+}
+
+// `durable`: as after a power cut in which nothing survives that need not.
+void World::add_coverage(const LayerSpec& of, Coverage* to, bool durable) const {
   for (const SlabRun& run : of.slabs) {
     for (uint64_t slab = run.first; slab < run.first + run.count; slab++) {
       SlabPage page;
-      if (!newest_page(slab, &page).valid() || page.layer_id != of.layer_id || page.generation != run.generation) {
-        continue;
-      }
-      for (const SlabEntry& entry : page.entries) {
-        if (entry.logical_chunk != format::kNoChunk) (*to)[entry.logical_chunk] |= uint16_t(entry.data | entry.zero);
-      }
-      for (uint32_t i = 0; i < page.hole_count; i++) {
-        for (uint32_t c = 0; c < page.holes[i].length; c++) (*to)[page.holes[i].start + c] = 0xffff;
-      }
+      const Copies copies = durable ? durable_page(slab, &page) : newest_page(slab, &page);
+      if (!copies.valid() || page.layer_id != of.layer_id || page.generation != run.generation) continue;
+      add_coverage(page, to);
     }
   }
 }
+
+// A page that a job on layers writes, against the one that serves now: what it takes away is covered, and what it adds is there,
+// durably, whether the power goes or not.
+void World::check_page_of_job(uint64_t address, const void* content) {
+  if ((stripping.empty() && merging == 0) || address < superblock.first_region_offset) return;
+  const uint64_t slab = (address - superblock.first_region_offset) / format::kSlabPairSize;
+  const SlabInfo& info = slabs[slab];
+  SlabPage before;
+  SlabPage after;
+  std::memcpy(&after, content, sizeof after);
+  if (info.where != SlabInfo::Where::kLayer || after.layer_id != info.layer || !newest_page(slab, &before).valid()) return;
+  if (before.layer_id != info.layer || before.generation != info.generation) return;
+  if (info.layer == merging) check_merge_write(slab, before, after);
+  else check_strip_write(slab, before, after);
+}
+
+void World::check_strip_write(uint64_t slab, const SlabPage& before, const SlabPage& after) const {
+  const auto victim = std::find_if(stripping.begin(), stripping.end(),
+                                   [&](const LayerSpec& layer) { return layer.layer_id == after.layer_id; });
+  if (victim == stripping.end() || victim == stripping.begin()) return;  // others go on
+  Coverage covered;
+  for (auto above = stripping.begin(); above != victim; ++above) add_coverage(*above, &covered, true);
+  Coverage had;
+  Coverage has;
+  add_coverage(before, &had);
+  add_coverage(after, &has);
+  for (const auto& [chunk, mask] : had) {
+    if ((mask & ~has[chunk] & ~covered[chunk]) == 0) continue;
+    fail("slab " + std::to_string(slab) + " of layer " + std::to_string(after.layer_id) + " is to lose blocks of chunk " +
+         std::to_string(chunk) + " that no durable page above covers");
+  }
+}
+
+void World::check_merge_write(uint64_t slab, const SlabPage& before, const SlabPage& after) const {
+  const uint64_t data = format::slab_data_offset(superblock.first_region_offset, slab);
+  for (uint64_t c = 0; c < format::kChunksPerSlab; c++) {
+    const SlabEntry& old = before.entries[c];
+    const SlabEntry& entry = after.entries[c];
+    const auto more = static_cast<uint16_t>(entry.data & ~(old.logical_chunk == entry.logical_chunk ? old.data : 0));
+    for (uint64_t block = 0; block < kBlocksPerChunk; block++) {
+      if ((more >> block & 1) == 0) continue;
+      std::byte seen[kBlock];
+      std::byte certain[kBlock];
+      disk.peek(data + c * kChunk + block * kBlock, seen, kBlock);
+      disk.peek_durable(data + c * kChunk + block * kBlock, certain, kBlock);
+      if (std::memcmp(seen, certain, kBlock) == 0) continue;
+      fail("a merge says in slab " + std::to_string(slab) + " that it has block " + std::to_string(block) + " of chunk " +
+           std::to_string(entry.logical_chunk) + ", which is not durable");
+    }
+  }
+}
+
+// Of what either copy of a frozen layer's page maps nothing is written over: the older one serves when the newer is damaged.
+void World::check_merge_data(uint64_t slab, const IoRequest& request) const {
+  SlabPage pair[2];
+  disk.peek(page_address(slab), pair, sizeof pair);
+  const uint64_t data = format::slab_data_offset(superblock.first_region_offset, slab);
+  for (uint32_t copy = 0; copy < 2; copy++) {
+    const SlabPage& page = pair[copy];
+    if (verify(page, kPoolUuid, page_address(slab) + copy * kBlock) != PageState::kOk || page.layer_id != merging) continue;
+    for (uint64_t at = request.offset; at < request.offset + request.length; at += kBlock) {
+      const SlabEntry& entry = page.entries[(at - data) / kChunk];
+      if ((entry.data >> ((at - data) % kChunk / kBlock) & 1) == 0) continue;
+      fail("a merge writes over data of chunk " + std::to_string(entry.logical_chunk) + " that copy " + "AB"[copy] +
+           " of the page of slab " + std::to_string(slab) + " maps");
+    }
+  }
+}
+
+// Nor would an engine that takes over have it for the volume's.
+void World::check_no_claim(const GrantRef& ref, const std::function<bool(const PageArena::Claim&)>& of) const {
+  for (const auto& one : volumes) {
+    if (one->id != ref.volume || one->arena == nullptr || one->opened_spec.epoch != ref.epoch) continue;
+    for (uint32_t i = 0; i < one->arena->claim_count(); i++) {
+      const PageArena::Claim claim = one->arena->claim(i);
+      if (claim.state == PageArena::ClaimState::kFree || !of(claim)) continue;
+      fail("volume " + std::to_string(one->id) + " says that it has forgotten slab " + std::to_string(claim.slab) +
+           ", or its layer " + std::to_string(claim.layer_id) + ", and keeps a claim of it");
+    }
+  }
+}
+
 // After a strip nothing is left in the layer's pages of what newer layers had covered before it began, and their copies are
 // equal; only ranges of holes keep whole chunks, and those that are covered only in their middle.
 void World::check_stripped(const LayerSpec& victim, const Coverage& covered) const {

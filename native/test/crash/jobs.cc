@@ -144,7 +144,7 @@ void World::bystander() {
 void World::aim(CrashAim::At what) {
   if (aimed.at == what && ++aimed_seen == aimed.nth) {
     armed = true;
-    disk.set_fuse(aimed.boundary);
+    disk.set_fuse(aimed.boundary, what == CrashAim::At::kMerge);
   }
   if (aimed.at != CrashAim::At::kNowhere || !random.chance(aim_jobs_chance)) return;
   disk.set_fuse(1 + static_cast<uint32_t>(random.below(random.chance(700) ? 16 : 80)));
@@ -195,12 +195,15 @@ void World::strip(uint64_t newest) {
   }
   log("strip of %llu layers from layer %llu on, under layer %llu", ull(victims.size()), ull(newest),
       ull(head.layer_id));
+  stripping = {head};
+  stripping.insert(stripping.end(), victims.begin(), victims.end());
   aim(CrashAim::At::kStrip);
   Result<StripReport> report = [&] {
     const Running running(job_running);
     return strip_layers(agent, superblock, victims, {head});
   }();
   aim_over(CrashAim::At::kStrip);
+  stripping.clear();
   if (!job_done("strip", report.status)) return;
   result.strips++;
   result.stripped_blocks += report->cleared_blocks;
@@ -413,6 +416,11 @@ void World::drop_from_specs(const GrantRef& ref, const std::function<void(Volume
 void World::forgotten(uint64_t number, GrantRef ref) {
   const auto found = std::find_if(leaving.begin(), leaving.end(), [&](const Leaving& l) { return l.number == number; });
   if (found == leaving.end()) return;
+  check_no_claim(ref, [&](const PageArena::Claim& claim) {
+    return std::any_of(found->runs.begin(), found->runs.end(), [&](const SlabRun& gone) {
+      return gone.first == claim.slab && gone.generation == claim.generation;
+    });
+  });
   std::erase(found->waiting, ref);
   result.forgotten++;
   drop_from_specs(ref, [&](VolumeSpec& spec) {
@@ -431,6 +439,9 @@ void World::forgotten(uint64_t number, GrantRef ref) {
 void World::layer_forgotten(uint64_t id, GrantRef ref) {
   const auto found = layers.find(id);
   if (found == layers.end()) return;
+  check_no_claim(ref, [&](const PageArena::Claim& claim) {
+    return claim.state == PageArena::ClaimState::kClaimed && claim.layer_id == id;
+  });
   std::erase(found->second.waiting, ref);
   result.layers_forgotten++;
   drop_from_specs(ref, [&](VolumeSpec& spec) {

@@ -21,6 +21,7 @@
 #include "../crash_sim.h"
 #include "../volume_fixture.h"
 #include "core/layer_jobs.h"
+#include "core/page_arena.h"
 #include "core/records.h"
 #include "model.h"
 
@@ -188,6 +189,8 @@ struct World final : VolumeObserver {
   }
   // The copy of a slab's page that serves, as a read would see it now. Not valid: neither.
   Copies newest_page(uint64_t slab, format::SlabPage* page) const;
+  // The one that is certain to serve after a power cut, or one that says no less.
+  Copies durable_page(uint64_t slab, format::SlabPage* page) const;
 
   // ---- volumes.cc
   SimVolume& add_volume(uint64_t size_blocks, uint64_t parent);
@@ -312,7 +315,13 @@ struct World final : VolumeObserver {
   void check_whole_pool(const char* when);
   void damage_pages();
   using Coverage = std::map<uint32_t, uint16_t>;  // by chunk
-  void add_coverage(const LayerSpec& of, Coverage* to) const;
+  static void add_coverage(const format::SlabPage& page, Coverage* to);
+  void add_coverage(const LayerSpec& of, Coverage* to, bool durable = false) const;
+  void check_page_of_job(uint64_t address, const void* content);
+  void check_strip_write(uint64_t slab, const format::SlabPage& before, const format::SlabPage& after) const;
+  void check_merge_write(uint64_t slab, const format::SlabPage& before, const format::SlabPage& after) const;
+  void check_merge_data(uint64_t slab, const IoRequest& request) const;
+  void check_no_claim(const GrantRef& ref, const std::function<bool(const PageArena::Claim&)>& of) const;
   void check_stripped(const LayerSpec& victim, const Coverage& covered) const;
 
   // ---- world.cc
@@ -350,6 +359,7 @@ struct World final : VolumeObserver {
   std::list<Leaving> leaving;
   std::list<Learning> learning;
   uint64_t merging = 0;    // the frozen layer that a merge is writing to
+  std::vector<LayerSpec> stripping;  // the head, and the victims under it, of the strip that is under way
   std::set<uint64_t> given_up;  // tops of cuts that did not happen: a record may speak of them
   std::vector<std::unique_ptr<SimVolume>> volumes;
   std::map<Operation*, std::unique_ptr<Operation>> operations;

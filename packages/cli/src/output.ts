@@ -3,13 +3,16 @@ import { styleText } from 'node:util';
 
 export type OutputFormat = 'table' | 'json';
 
-export function printJson(value: unknown): void {
-  const text = JSON.stringify(
+export function printable(value: unknown): string {
+  return JSON.stringify(
     value,
     (_key, item: unknown) => (typeof item === 'bigint' ? item.toString() : item),
     2,
   );
-  process.stdout.write(`${text}\n`);
+}
+
+export function printJson(value: unknown): void {
+  process.stdout.write(`${printable(value)}\n`);
 }
 
 /** Columns aligned by spaces, numbers to the right; no borders, so that lines can be cut and compared. */
@@ -82,7 +85,10 @@ export function enumWord(prefix: string, value: string): string {
 }
 
 /** Keys of a message as they are written in JSON here: camelCase, at every depth; maps of strings keep their keys. */
-export function camelKeys(value: unknown, keepKeysOf: readonly string[] = ['parameters']): unknown {
+export function camelKeys(
+  value: unknown,
+  keepKeysOf: readonly string[] = ['parameters', 'mutable_parameters'],
+): unknown {
   if (Array.isArray(value)) return value.map((item) => camelKeys(item, keepKeysOf));
   if (typeof value !== 'object' || value === null) return value;
   return Object.fromEntries(

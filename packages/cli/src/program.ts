@@ -5,6 +5,7 @@ import { addDevCommands } from './commands/dev.ts';
 import { addNodeCommands } from './commands/node.ts';
 import { addPoolCommands } from './commands/pool.ts';
 import { addSnapshotCommands } from './commands/snapshot.ts';
+import { addSupportBundleCommand } from './commands/support-bundle.ts';
 import { addVolumeCommands } from './commands/volume.ts';
 
 export const cliVersion = '0.1.0';
@@ -18,6 +19,7 @@ export function buildProgram(): Command {
       '--metadata <host:port>',
       'the metadata service (default: HOLDFAST_METADATA, or the running `dev up`)',
     )
+    .enablePositionalOptions()
     .showHelpAfterError('(--help shows what there is)')
     .exitOverride();
   addPoolCommands(program);
@@ -25,19 +27,23 @@ export function buildProgram(): Command {
   addSnapshotCommands(program);
   addNodeCommands(program);
   addAuditCommand(program);
+  addSupportBundleCommand(program);
   addDevCommands(program);
   inherit(program);
   return program;
 }
 
-/** Global options stand anywhere on the line, and every command ends through one way out. */
+/**
+ * Global options stand anywhere on the line: every command on the way has them, and takes those that stand behind its own name. Every
+ * command ends through one way out.
+ */
 function inherit(command: Command): void {
   for (const child of command.commands) {
     child.copyInheritedSettings(command);
-    if (child.commands.length === 0) {
-      child.addOption(new Option('-o, --output <format>').choices(['table', 'json']).hideHelp());
-      child.addOption(new Option('--metadata <host:port>').hideHelp());
-    }
+    // Where -o names a file (support-bundle), the format has its long name only.
+    const short = child.options.some((option) => option.short === '-o') ? '' : '-o, ';
+    child.addOption(new Option(`${short}--output <format>`).choices(['table', 'json']).hideHelp());
+    child.addOption(new Option('--metadata <host:port>').hideHelp());
     inherit(child);
   }
 }

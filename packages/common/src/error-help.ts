@@ -55,6 +55,11 @@ export const errorHelp: Record<ErrorCode, Help> = {
     meaning: 'The pool has no free slab or record slot left.',
     action: 'Delete volumes, trim file systems (fstrim), or grow the device.',
   },
+  POOL_DRAINING: {
+    meaning:
+      'The pool is being drained: no new volume, copy or restore is placed on it. What is there goes on.',
+    action: 'Use another pool, or take the drain back with `holdfast pool undrain POOL`.',
+  },
   TOO_MANY: {
     meaning: 'A limit on the number of objects is reached: volumes per node, hosts per pool.',
     action: 'Spread the load, or raise the limit that the message names.',

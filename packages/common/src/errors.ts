@@ -25,6 +25,8 @@ export const errorCodes = {
   /** This volume or this host generation is fenced. */
   FENCED: status.FAILED_PRECONDITION,
   NO_SPACE: status.RESOURCE_EXHAUSTED,
+  /** Nothing new is placed on the pool. */
+  POOL_DRAINING: status.RESOURCE_EXHAUSTED,
   TOO_MANY: status.RESOURCE_EXHAUSTED,
   /** Another call for the same object is under way. */
   OPERATION_PENDING: status.ABORTED,

@@ -5,7 +5,6 @@
  */
 import {
   csiUnary,
-  csiUnimplemented,
   DEFAULT_FILE_SYSTEM,
   formatHandle,
   HoldfastError,
@@ -17,6 +16,7 @@ import {
   PUBLISH_ID,
   PUBLISH_READ_ONLY,
   readCapability,
+  readMutableParameters,
   readParameters,
   requireField,
   requireHandle,
@@ -58,6 +58,7 @@ const capabilities = [
   'GET_VOLUME',
   'SINGLE_NODE_MULTI_WRITER',
   'GET_SNAPSHOT',
+  'MODIFY_VOLUME',
 ] as const;
 
 /** The volume as CSI shows it. */
@@ -130,11 +131,7 @@ export class ControllerService {
       })),
       ControllerExpandVolume: csiUnary(log, 'ControllerExpandVolume', (r, c) => this.expand(r, c)),
       ControllerGetVolume: csiUnary(log, 'ControllerGetVolume', (r, c) => this.getVolume(r, c)),
-      ControllerModifyVolume: csiUnimplemented(
-        log,
-        'ControllerModifyVolume',
-        'volumes have no attributes that may change after creation.',
-      ),
+      ControllerModifyVolume: csiUnary(log, 'ControllerModifyVolume', (r, c) => this.modify(r, c)),
       ...new SnapshotService(this.#metadata, this.#inFlight).handlers(log),
     };
   }
@@ -151,12 +148,7 @@ export class ControllerService {
       );
     }
     const wanted = request.volume_capabilities.map((capability) => readCapability(capability));
-    if (Object.keys(request.mutable_parameters).length > 0) {
-      throw new HoldfastError(
-        'INVALID_ARGUMENT',
-        `mutable_parameters (${Object.keys(request.mutable_parameters).join(', ')}) are not offered: volumes have no attributes that may change after creation.`,
-      );
-    }
+    const mutable = readMutableParameters(request.mutable_parameters);
     const parameters = readParameters(request.parameters);
     const use = intendedUse(wanted, parameters.fsType);
     if (request.volume_content_source === null) refuseEmptyForReaders(wanted);
@@ -186,6 +178,7 @@ export class ControllerService {
         size_bytes: sizeBytes.toString(),
         limit_bytes: limitBytes.toString(),
         parameters: kept,
+        mutable_parameters: mutable,
         ...copy?.request,
       });
       if (!isAccessible(request.accessibility_requirements, volume.pool_uuid)) {
@@ -226,7 +219,7 @@ export class ControllerService {
     };
   }
 
-  /** The preferred pools first; the next group only where one is full. */
+  /** The preferred pools first; the next group only where one is full or is being drained. */
   async #createInFirst(
     groups: readonly string[][],
     context: CallContext,
@@ -237,7 +230,8 @@ export class ControllerService {
       try {
         return await this.#metadata.createVolume({ ...request, pool_uuids: group }, context);
       } catch (error) {
-        if (!(error instanceof HoldfastError) || error.code !== 'NO_SPACE') throw error;
+        if (!(error instanceof HoldfastError) || !['NO_SPACE', 'POOL_DRAINING'].includes(error.code))
+          throw error;
         full = error;
       }
     }
@@ -332,9 +326,7 @@ export class ControllerService {
           return { message: `The volume was made for ${made}, not for ${fsType}.` };
         }
       }
-      if (Object.keys(request.mutable_parameters).length > 0) {
-        return { message: 'Volumes have no attributes that may change after creation.' };
-      }
+      readMutableParameters(request.mutable_parameters);
     } catch (error) {
       if (!(error instanceof HoldfastError)) throw error;
       return { message: error.message };
@@ -344,6 +336,7 @@ export class ControllerService {
         volume_context: request.volume_context,
         volume_capabilities: request.volume_capabilities,
         parameters: request.parameters,
+        mutable_parameters: request.mutable_parameters,
       },
     };
   }
@@ -414,6 +407,21 @@ export class ControllerService {
       );
       // The node has work to do either way: the device takes the new size, and a file system grows into it.
       return { capacity_bytes: volume.size_bytes, node_expansion_required: true };
+    });
+  }
+
+  async modify(
+    request: Csi.ControllerModifyVolumeRequest__Output,
+    context: CallContext,
+  ): Promise<Csi.ControllerModifyVolumeResponse> {
+    requireField(request.volume_id, 'volume_id');
+    const handle = requireHandle(request.volume_id);
+    return this.#inFlight.run([`volume ${request.volume_id}`], async () => {
+      // The specification's table has NOT_FOUND before what is wrong with the parameters; csi-sanity asks in that order.
+      await this.#existing(request.volume_id, context);
+      const mutable = readMutableParameters(request.mutable_parameters);
+      await this.#metadata.modifyVolume(handle.volumeUuid, mutable, context);
+      return {};
     });
   }
 

@@ -105,6 +105,13 @@ export class MetadataApi {
   expandVolume(request: Omit<ExpandVolumeRequest, 'request_id'>, caller: Caller): Promise<Volume__Output> {
     return this.#call(this.#client.ExpandVolume, { ...request, request_id: randomUUID() }, caller);
   }
+  async modifyVolume(uuid: string, mutable: Record<string, string>, caller: Caller): Promise<void> {
+    await this.#call(
+      this.#client.ModifyVolume,
+      { uuid, mutable_parameters: mutable, request_id: randomUUID() },
+      caller,
+    );
+  }
   async publishVolume(request: Omit<PublishVolumeRequest, 'request_id'>, caller: Caller): Promise<string> {
     const answer = await this.#call<{ publish_id: string }>(
       this.#client.PublishVolume,

@@ -117,12 +117,53 @@ describe('the CSI controller', () => {
       'LIST_SNAPSHOTS',
       'LIST_VOLUMES',
       'LIST_VOLUMES_PUBLISHED_NODES',
+      'MODIFY_VOLUME',
       'PUBLISH_READONLY',
       'PUBLISH_UNPUBLISH_VOLUME',
       'SINGLE_NODE_MULTI_WRITER',
       'VOLUME_CONDITION',
     ]);
-    await expect(call(client, client.ControllerModifyVolume, {})).rejects.toEqual(code('UNIMPLEMENTED'));
+  });
+
+  it('says the same of ReadWriteMany in CreateVolume, ValidateVolumeCapabilities and ControllerPublishVolume', async () => {
+    const many = mount('', 'MULTI_NODE_MULTI_WRITER');
+    const sentence =
+      'Access mode MULTI_NODE_MULTI_WRITER (ReadWriteMany) is not offered. Two nodes that write one block device destroy its ' +
+      'file system, so a Holdfast volume has one writing node. Use ReadWriteOnce or ReadWriteOncePod; for ReadWriteMany put a ' +
+      'file server on top of a volume.';
+    const refusal = { code: 'INVALID_ARGUMENT', message: sentence };
+    await expect(create({ volume_capabilities: [many] })).rejects.toMatchObject(refusal);
+    const volume = await create();
+    const validated = await call<Csi.ValidateVolumeCapabilitiesResponse__Output>(
+      client,
+      client.ValidateVolumeCapabilities,
+      { volume_id: volume.volume_id, volume_capabilities: [many], volume_context: volume.volume_context },
+    );
+    expect(validated).toMatchObject({ confirmed: null, message: sentence });
+    const published = call(client, client.ControllerPublishVolume, {
+      volume_id: volume.volume_id,
+      node_id: 'node-1.00000001',
+      volume_capability: many,
+    });
+    await expect(published).rejects.toMatchObject(refusal);
+  });
+
+  it('changes mutable parameters, once or again, and refuses all others by name', async () => {
+    const volume = await create({ mutable_parameters: { 'holdfast.io/evict': 'false' } });
+    const modify = (volumeId: string, mutable: Record<string, string>) =>
+      call(client, client.ControllerModifyVolume, { volume_id: volumeId, mutable_parameters: mutable });
+    await modify(volume.volume_id, { 'holdfast.io/evict': 'true' });
+    await modify(volume.volume_id, { 'holdfast.io/evict': 'true' });
+    await expect(modify(volume.volume_id, { iops: '5' })).rejects.toEqual(code('INVALID_ARGUMENT', /"iops"/));
+    await expect(modify(volume.volume_id, { fsType: 'xfs' })).rejects.toEqual(
+      code('INVALID_ARGUMENT', /"fsType" can not change/),
+    );
+    await expect(modify(volume.volume_id, { 'holdfast.io/evict': 'no' })).rejects.toEqual(
+      code('INVALID_ARGUMENT', /"true" or "false"/),
+    );
+    await expect(modify('', {})).rejects.toEqual(code('INVALID_ARGUMENT'));
+    const gone = volume.volume_id.replace(/[^/]*$/, '00000000-0000-4000-8000-000000000000');
+    await expect(modify(gone, { 'holdfast.io/evict': 'true' })).rejects.toEqual(code('NOT_FOUND'));
   });
 
   describe('CreateVolume', () => {
@@ -201,7 +242,7 @@ describe('the CSI controller', () => {
         [{ parameters: { fsType: 'xfs' } }, 'INVALID_ARGUMENT', /different file systems/],
         [{ parameters: { colour: 'red' } }, 'INVALID_ARGUMENT', /Known: pool/],
         [{ parameters: { pool: 'none' } }, 'INVALID_ARGUMENT', /Known pools: /],
-        [{ mutable_parameters: { iops: '5' } }, 'INVALID_ARGUMENT', /mutable_parameters/],
+        [{ mutable_parameters: { iops: '5' } }, 'INVALID_ARGUMENT', /"iops".*Known: holdfast.io\/evict/],
         [{ volume_content_source: { snapshot: { snapshot_id: 's' } } }, 'NOT_FOUND', /snapshot/],
         [{ volume_content_source: { volume: { volume_id: 'v' } } }, 'NOT_FOUND', /volume/],
         [{ capacity_range: { required_bytes: '-1' } }, 'INVALID_ARGUMENT', /negative/],

@@ -118,6 +118,7 @@ export class FakeMetadata {
     const pool = request.pool_uuids[0] === this.pools[1].uuid ? 1 : 0;
     return this.addVolume(request.name, Number(request.size_bytes), pool, {
       parameters: request.parameters,
+      mutable_parameters: request.mutable_parameters,
       source_snapshot_uuid: request.source_snapshot_uuid,
       source_volume_uuid: request.source_volume_uuid,
     });
@@ -148,6 +149,11 @@ export class FakeMetadata {
       server.addService(holdfast.Metadata.service, {
         CreateVolume: rpc('CreateVolume', (r: CreateVolumeRequest__Output) => this.#createVolume(r)),
         GetVolume: rpc('GetVolume', (r: ByUuid & { name: string }) => this.#one(this.volumes, 'volume', r)),
+        ModifyVolume: rpc('ModifyVolume', (r: ByUuid & { mutable_parameters: Record<string, string> }) => {
+          const volume = this.#one(this.volumes, 'volume', r);
+          volume.mutable_parameters = { ...volume.mutable_parameters, ...r.mutable_parameters };
+          return volume;
+        }),
         CreateSnapshot: rpc('CreateSnapshot', (r: CreateSnapshotRequest__Output) => this.#createSnapshot(r)),
         DeleteSnapshot: rpc('DeleteSnapshot', (r: ByUuid) => {
           this.snapshots.delete(r.uuid);

@@ -3,7 +3,7 @@
  * node socket, and reads its report.
  */
 import { existsSync } from 'node:fs';
-import { mkdir, readFile } from 'node:fs/promises';
+import { mkdir, readFile, writeFile } from 'node:fs/promises';
 import { fileURLToPath } from 'node:url';
 import type { TestArea } from '@holdfast/testing';
 import { execa } from 'execa';
@@ -37,6 +37,8 @@ export async function runSanity(
   const work = area.path(`sanity-${accessType}`);
   await mkdir(work, { recursive: true });
   const report = `${work}/report.json`;
+  const mutable = `${work}/mutable.yaml`;
+  await writeFile(mutable, 'holdfast.io/evict: "false"\n');
   const ran = await execa(
     program,
     [
@@ -46,6 +48,7 @@ export async function runSanity(
       `-csi.stagingdir=${work}/staging`,
       `-csi.testvolumeaccesstype=${accessType}`,
       '-csi.testnodevolumeattachlimit',
+      `-csi.testvolumemutableparameters=${mutable}`,
       `-csi.testvolumesize=${512 << 20}`,
       `-csi.testvolumeexpandsize=${1 << 30}`,
       '-ginkgo.no-color',

@@ -139,8 +139,8 @@ describe('of an open volume', () => {
     );
     const { uuid } = await folded();
     node.override.set('cut_volumes', () => ({ error_code: 'HF_IO', error_message: 'not yet' }));
-    const cut = c.snapshot('next', uuid);
-    await until(() => node.orders.at(-1)?.cut_volumes !== null, 'being cut');
+    const cut = c.snapshot('next', uuid, {}, 60_000); // held up for longer than a call waits
+    await until(() => node.orders.some((order) => order.cut_volumes), 'being cut');
     both((agent) => agent.override.delete('strip_layers'));
     await until(async () => (await c.volume(uuid)).layers[1]?.slabs[0]?.first === '1', 'stripped');
     await pause(1000);
@@ -180,13 +180,13 @@ describe('of a closed volume', () => {
     });
     await until(() => orders().some((order) => order.compact_volume?.grant), 'ordered');
     const publishId = await c.publish(uuid, node);
-    const short = node.ask('StageVolume', disk, { volume_uuid: uuid, publish_id: publishId }, 700);
+    const short = node.ask('StageVolume', disk, { volume_uuid: uuid, publish_id: publishId }, 4000);
     await expect(short).rejects.toMatchObject({
       code: 'DEADLINE_EXCEEDED',
       message: expect.stringContaining('being compacted'),
     });
     await c.unpublish(uuid, node);
-    await expect(c.rpc('DeleteVolume', { uuid }, 700)).rejects.toMatchObject({
+    await expect(c.rpc('DeleteVolume', { uuid }, 4000)).rejects.toMatchObject({
       code: 'DEADLINE_EXCEEDED',
       message: expect.stringContaining('being compacted'),
     });
@@ -207,13 +207,19 @@ describe('of a closed volume', () => {
 
   it('lets a snapshot be cut right after the order that is under way, and moves nothing up past it', async () => {
     const uuid = await closed();
+    let end = (): void => undefined;
+    const ended = new Promise<void>((resolve) => (end = resolve));
     both((agent) => {
       agent.moveAtMost = 1;
-      agent.compactingMs = 700;
+      agent.compactionEnds = ended;
     });
     await until(() => orders().some((order) => order.compact_volume?.grant), 'ordered');
     const { epoch } = await c.volume(uuid);
-    const snapshot = await c.snapshot('next', uuid);
+    const cutting = c.snapshot('next', uuid, {}, 60_000);
+    await pause(500);
+    expect((await c.volume(uuid)).epoch).toBe(epoch);
+    end();
+    const snapshot = await cutting;
     expect(BigInt((await c.volume(uuid)).epoch)).toBe(BigInt(epoch) + 1n);
     expect(await moves(uuid)).toEqual(['1 blocks']);
     await pause(1500);

@@ -105,6 +105,12 @@ export class FakeAgent {
   readonly orders: Order__Output[] = [];
   readonly messages: ServiceMessage__Output[] = [];
   welcomed: Welcome__Output | undefined;
+  /** What its machine says of the device, in bytes; 0: nothing. */
+  deviceBytes = 0;
+  /** Slabs that its engine can use; undefined: all that the disk has. */
+  usable: number | undefined;
+  /** What it finds wrong with the device. */
+  problem = '';
   /** Orders by kind that get no answer (a hung engine). */
   readonly mute = new Set<string>();
   /** Orders by kind that are carried out, but whose answer is lost. */
@@ -115,8 +121,8 @@ export class FakeAgent {
   held: { cutId: string; volumes: string[] } | undefined;
   /** Blocks that a compaction moves before it answers; 0: none, and says that it is complete. */
   moveAtMost = Infinity;
-  /** How long that takes. */
-  compactingMs = 0;
+  /** When that is over. */
+  compactionEnds: Promise<void> = Promise.resolve();
   /** Slabs that a holder here was told to forget. */
   readonly forgotten: number[] = [];
   /** The newest epoch of each volume that was revoked here: nothing older is opened any more. */
@@ -194,7 +200,10 @@ export class FakeAgent {
           device_path: '/dev/loop9',
           fencing: disk.fencing,
           slab_size: disk.slabSize,
-          slab_count: disk.slabCount,
+          slab_count: this.usable ?? disk.slabCount,
+          device_bytes: this.deviceBytes,
+          slabs_possible: Math.floor(this.deviceBytes / disk.slabSize),
+          problem: this.problem,
           volume_slots: disk.volumeSlots,
           layer_slots: disk.layerSlots,
           host_slots: disk.hostSlots,
@@ -457,7 +466,7 @@ export class FakeAgent {
       if (runs.length === 0) return { compact: compactResult(order, 0, false, true) };
       await this.ask('ReportSlabs', disk, { claimed: [this.claim(disk, open, moved)] });
     }
-    await new Promise((resolve) => setTimeout(resolve, this.compactingMs));
+    await this.compactionEnds;
     const complete = moved.length === movable.length || this.moveAtMost === 0;
     return { compact: compactResult(order, moved.length, complete, false) };
   }
@@ -465,6 +474,22 @@ export class FakeAgent {
   /** Carries an order out; for overrides that only look at it first. */
   answer(order: Order__Output, disk: FakeDisk | undefined): Answer {
     if (disk === undefined) return { error_code: 'UNAVAILABLE', error_message: 'no such pool here' };
+    if (order.look_at_device) {
+      this.reportPools();
+      return {};
+    }
+    if (order.grow_device) {
+      const slabs = Math.floor(Number(order.grow_device.device_bytes) / disk.slabSize);
+      disk.slabCount = Math.max(disk.slabCount, slabs);
+      this.reportPools();
+      return {};
+    }
+    if (order.leave_pool) {
+      this.stopHeart();
+      this.hosts.delete(disk.uuid);
+      disk.locks.delete(this.lockPath);
+      return {};
+    }
     if (order.claim_authority) {
       const mine = {
         store_id: order.claim_authority.store_id,
@@ -652,6 +677,8 @@ const orderKinds = [
   'learn_layer',
   'wipe_layers',
   'compact_volume',
+  'grow_device',
+  'leave_pool',
 ];
 
 function recordOf(

@@ -3,9 +3,11 @@
 // everything with it.
 import { randomUUID } from 'node:crypto';
 import { existsSync, mkdirSync, readdirSync, readFileSync, rmdirSync, writeFileSync } from 'node:fs';
-import { dirname, join } from 'node:path';
+import { Agent, get as httpsGet } from 'node:https';
+import { basename, dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { makePki, makeTokens } from './pki.mjs';
+import { abortConnections, childrenOf, detach, fuseConnections, loopsOver, processesBelow } from './residue.mjs';
 import { run, start, until } from './shell.mjs';
 import { tool } from './tools.mjs';
 
@@ -14,12 +16,24 @@ const server = `https://${lab}:6443`;
 const serviceRange = '10.96.0.0/16';
 const nodeScript = join(dirname(fileURLToPath(import.meta.url)), 'node.sh');
 export const sandboxImage = 'holdfast.test/busybox:1';
+/** Images of pods that the chart's values keep on the first node. To import one takes a node seconds. */
+const onFirstNode = ['metadata-service', 'csi-controller', 'csi-provisioner', 'csi-attacher', 'csi-resizer', 'csi-snapshotter'];
+/** What specs look at again and again: where it is, without asking kubectl. */
+const paths = {
+  pod: '/api/v1/namespaces/default/pods',
+  pvc: '/api/v1/namespaces/default/persistentvolumeclaims',
+  pv: '/api/v1/persistentvolumes',
+  node: '/api/v1/nodes',
+  volumesnapshot: '/apis/snapshot.storage.k8s.io/v1/namespaces/default/volumesnapshots',
+  volumegroupsnapshot: '/apis/groupsnapshot.storage.k8s.io/v1/namespaces/default/volumegroupsnapshots',
+};
 
 export class Cluster {
   nodes = [];
   #directory;
   #images;
   #tokens;
+  #admin;
   #children = [];
 
   constructor(directory, images) {
@@ -35,7 +49,8 @@ export class Cluster {
     mkdirSync(this.logDirectory, { recursive: true });
     await this.#makeNetwork(count);
     await this.#startControlPlane(count);
-    for (let index = 1; index <= count; index += 1) this.#startNode(index);
+    for (let index = 1; index <= count; index += 1) this.nodes.push(this.#makeNode(index));
+    for (const node of this.nodes) this.#startNode(node);
     await Promise.all(this.nodes.map((node) => this.untilReady(node)));
   }
 
@@ -51,11 +66,16 @@ export class Cluster {
     await run('sysctl', ['-q', '-w', 'net.ipv4.ip_forward=1', 'net.ipv4.conf.all.rp_filter=0']);
     mkdirSync('/run/netns', { recursive: true });
     for (let index = 1; index <= count; index += 1) {
-      await ip('netns', 'add', `node-${index}`);
-      await ip('link', 'add', `veth${index}`, 'type', 'veth', 'peer', 'name', 'eth0', 'netns', `node-${index}`);
-      await ip('link', 'set', `veth${index}`, 'master', 'lab0', 'up');
+      await this.#plugIn(index);
       await ip('route', 'add', `10.78.${index}.0/24`, 'via', `10.77.0.${10 + index}`);
     }
+  }
+
+  /** A network namespace for a node, new each time it starts. */
+  async #plugIn(index) {
+    await run('ip', ['netns', 'add', `node-${index}`]);
+    await run('ip', ['link', 'add', `veth${index}`, 'type', 'veth', 'peer', 'name', 'eth0', 'netns', `node-${index}`]);
+    await run('ip', ['link', 'set', `veth${index}`, 'master', 'lab0', 'up']);
   }
 
   // ------------------------------------------------------------------------------------------ control plane
@@ -71,6 +91,8 @@ export class Cluster {
       { name: 'proxy', user: 'system:kube-proxy', groups: [] },
       ...Array.from({ length: count }, (_, i) => ({ name: `node-${i + 1}`, user: `system:node:node-${i + 1}`, groups: ['system:nodes'] })),
     ]);
+    const { users } = JSON.parse(readFileSync(this.#tokens.paths.admin, 'utf8'));
+    this.#admin = { headers: { authorization: `Bearer ${users[0].user.token}` }, agent: new Agent({ keepAlive: true, ca: readFileSync(keys.ca) }) };
     mkdirSync('/run/etcd', { recursive: true, mode: 0o700 });
     this.#service('etcd', 'etcd', ['--data-dir=/run/etcd', '--listen-client-urls=http://127.0.0.1:2379', '--advertise-client-urls=http://127.0.0.1:2379', '--listen-peer-urls=http://127.0.0.1:2380']);
     this.#service('kube-apiserver', tool('kube-apiserver'), [
@@ -83,7 +105,7 @@ export class Cluster {
     await until('The API server', async () => (await this.kubectl(['get', '--raw', '/readyz'])) === 'ok', { timeoutMs: 90_000 });
     this.#service('kube-controller-manager', tool('kube-controller-manager'), [
       `--kubeconfig=${this.#tokens.paths['controller-manager']}`, `--service-account-private-key-file=${keys.serviceAccountKey}`, `--root-ca-file=${keys.ca}`,
-      '--use-service-account-credentials', '--leader-elect=false', '--controllers=*', '--kube-api-qps=100', '--kube-api-burst=200',
+      '--node-monitor-grace-period=24s', '--use-service-account-credentials', '--leader-elect=false', '--controllers=*', '--kube-api-qps=100', '--kube-api-burst=200',
     ]);
     this.#service('kube-scheduler', tool('kube-scheduler'), [`--kubeconfig=${this.#tokens.paths.scheduler}`, '--leader-elect=false']);
   }
@@ -96,7 +118,8 @@ export class Cluster {
 
   // ------------------------------------------------------------------------------------------ nodes
 
-  #startNode(index) {
+  /** Its directory, with all that a node keeps over a restart. */
+  #makeNode(index) {
     const name = `node-${index}`;
     const directory = join(this.#directory, name);
     mkdirSync(join(directory, 'cni'), { recursive: true });
@@ -115,14 +138,60 @@ export class Cluster {
       conntrack: { maxPerCore: 0, min: 0, tcpEstablishedTimeout: '0s', tcpCloseWaitTimeout: '0s' },
       hostnameOverride: name,
     });
-    const address = `10.77.0.${10 + index}`;
-    const child = start(
+    return { index, name, directory, address: `10.77.0.${10 + index}` };
+  }
+
+  #startNode(node) {
+    const { index, name, directory, address } = node;
+    const images = index === 1 ? this.#images : this.#images.filter((path) => !onFirstNode.includes(basename(path, '.tar')));
+    node.child = start(
       'nsenter',
       [`--net=/run/netns/${name}`, 'unshare', '--mount', '--pid', '--uts', '--fork', '--mount-proc', '--kill-child', 'bash', nodeScript,
-        directory, name, address, lab, dirname(tool('kubelet')), ...this.#images],
+        directory, name, address, lab, dirname(tool('kubelet')), ...images],
       join(this.logDirectory, `${name}.log`),
     );
-    this.nodes.push({ index, name, directory, address, child });
+  }
+
+  /**
+   * A power cut: every process of the node ends at once. What its own kernel would have taken with it, and this one keeps, is taken away: devices
+   * whose engine is gone, and cgroups (a kubelet that boots spends 3 s on each of a container that is gone).
+   */
+  async killNode(node) {
+    const connections = fuseConnections(processesBelow(node.child.pid));
+    const ended = new Promise((done) => node.child.once('exit', done));
+    for (const pid of childrenOf(node.child.pid)) process.kill(pid, 'SIGKILL');
+    abortConnections(connections);
+    await ended;
+    await until(`the devices of ${node.name} to be gone`, () => {
+      detach(loopsOver(connections));
+      return loopsOver(connections).length === 0;
+    });
+    await until(`the cgroups of ${node.name} to be empty`, () => removeCgroups(node.name));
+  }
+
+  /** Starts a node that was killed, as a machine that boots: with its disk and its name, without anything that it had in memory. */
+  async bootNode(node) {
+    const began = Date.now();
+    await run('ip', ['link', 'delete', `veth${node.index}`]);
+    await run('ip', ['netns', 'delete', node.name]);
+    await this.#plugIn(node.index);
+    this.#makeCgroups(node.name);
+    this.#startNode(node);
+    await until(
+      `the kubelet of ${node.name} to be back`,
+      async () => Date.parse((await this.get('lease', node.name, '--namespace', 'kube-node-lease')).spec.renewTime) > began,
+      { timeoutMs: 120_000, everyMs: 500 },
+    );
+    await this.untilReady(node);
+  }
+
+  /** Takes the node off the network: it runs on. */
+  async cutNode(node) {
+    await run('ip', ['link', 'set', `veth${node.index}`, 'down']);
+  }
+
+  async joinNode(node) {
+    await run('ip', ['link', 'set', `veth${node.index}`, 'up']);
   }
 
   /** cgroup v1: a root for each kubelet in every hierarchy; in that of cpusets a new group has no CPU before it is given some. */
@@ -161,8 +230,25 @@ export class Cluster {
     return run(tool('helm'), args, { ...options, env: { KUBECONFIG: this.#tokens.paths.admin, HOME: this.#directory } });
   }
 
+  /** Objects, by the words that kubectl would be given. One of those in `paths` costs a request, not a process: specs wait side by side. */
   async get(...args) {
-    return JSON.parse(await this.kubectl(['get', ...args, '-o', 'json']));
+    const [kind, name, ...more] = args;
+    if (more.length > 0 || paths[kind] === undefined) return JSON.parse(await this.kubectl(['get', ...args, '-o', 'json']));
+    return await this.#read(name === undefined ? paths[kind] : `${paths[kind]}/${name}`);
+  }
+
+  #read(path) {
+    return new Promise((done, failed) => {
+      const request = httpsGet(`${server}${path}`, { ...this.#admin, timeout: 10_000 }, (response) => {
+        let said = '';
+        response.setEncoding('utf8').on('data', (part) => (said += part)).on('error', failed).on('end', () => {
+          if (response.statusCode === 200) done(JSON.parse(said));
+          else failed(new Error(`GET ${path}: ${response.statusCode} ${said.slice(0, 500)}`));
+        });
+      });
+      request.on('timeout', () => request.destroy(new Error(`GET ${path}: no answer within 10 s`)));
+      request.on('error', failed);
+    });
   }
 
   async apply(...objects) {
@@ -234,9 +320,9 @@ function kubeletConfig(name) {
   };
 }
 
-/** Whether all are gone. */
-export function removeCgroups() {
-  const roots = cgroupHierarchies().map((hierarchy) => join(hierarchy, 'holdfast-e2e'));
+/** Of one node, or all. Whether they are gone. */
+export function removeCgroups(node = '') {
+  const roots = cgroupHierarchies().map((hierarchy) => join(hierarchy, 'holdfast-e2e', node));
   for (const root of roots) removeCgroup(root);
   return !roots.some((root) => existsSync(root));
 }

@@ -46,13 +46,27 @@ export class Holdfast {
     );
   }
 
+  /** Back to the values before the last upgrade. */
+  async rollback() {
+    await this.#cluster.helm(['rollback', 'holdfast', '--namespace', namespace, '--wait', '--timeout', '150s'], { timeoutMs: 170_000 });
+    await this.untilRolledOut();
+  }
+
+  /** Until every pod is one of the newest revision and ready. */
+  async untilRolledOut() {
+    for (const workload of ['daemonset/holdfast-node', 'deployment/holdfast-controller', 'statefulset/holdfast-metadata']) {
+      await this.#cluster.kubectl(['rollout', 'status', workload, '--namespace', namespace, '--timeout', '150s'], { timeoutMs: 160_000 });
+    }
+  }
+
   values() {
     const sidecar = (name) => ({ image: `holdfast.test/${name}:1` });
     return {
       image: { registry: 'ghcr.io/holdfast', tag: 'e2e', pullPolicy: 'Never' },
       // No DNS in this cluster.
       metadataService: { address: `${metadataAddress}:7440`, service: { clusterIP: metadataAddress } },
-      controller: { replicas: 1 },
+      // Where no spec kills it.
+      controller: { replicas: 1, nodeSelector: { 'kubernetes.io/hostname': 'node-1' } },
       sidecars: {
         provisioner: sidecar('csi-provisioner'),
         attacher: sidecar('csi-attacher'),
@@ -69,6 +83,13 @@ export class Holdfast {
         { name: 'holdfast-btrfs', fsType: 'btrfs' },
         { name: 'holdfast-now', fsType: 'ext4', volumeBindingMode: 'Immediate' },
       ],
+      volumeSnapshotClasses: [{ name: 'holdfast' }, { name: 'holdfast-quiesced', parameters: { 'holdfast.io/quiesce': 'true' } }],
+      volumeGroupSnapshotClasses: [{ name: 'holdfast' }],
+      volumeAttributesClasses: [
+        { name: 'holdfast-stays', parameters: { 'holdfast.io/evict': 'false' } },
+        { name: 'holdfast-moves', parameters: { 'holdfast.io/evict': 'true' } },
+        { name: 'holdfast-unknown', parameters: { iops: '5' } },
+      ],
     };
   }
 
@@ -83,36 +104,49 @@ export class Holdfast {
     return JSON.parse(said);
   }
 
-  /** What a person would look at first. */
+  /** What a person would look at first, in one piece. */
   async explain() {
-    const look = async (...args) => console.log((await this.#cluster.kubectl(args).catch((error) => error.message)).replace(/^/gm, '      '));
+    const said = [];
+    const look = async (...args) => said.push(await this.#cluster.kubectl(args).catch((error) => error.message));
     await look('get', 'pods', '--all-namespaces', '-o', 'wide');
     await look('get', 'pvc,pv,volumeattachments');
     await look('get', 'events', '--all-namespaces', '--field-selector', 'type=Warning', '--sort-by', '.lastTimestamp');
     for (const component of ['controller', 'metadata', 'node', 'keeper']) {
       await look('logs', '--namespace', namespace, '--selector', `app.kubernetes.io/component=${component}`, '--all-containers', '--prefix', '--tail', '15');
     }
+    return said.join('\n').replace(/^/gm, '      ');
   }
 
   // ------------------------------------------------------------------------------------------ objects
 
-  async claim(name, { storageClass = 'holdfast', size = '1Gi', mode = 'Filesystem', accessMode = 'ReadWriteOnce', source } = {}) {
-    await this.#cluster.apply({
+  claimObject(name, { storageClass = 'holdfast', size = '1Gi', mode = 'Filesystem', accessMode = 'ReadWriteOnce', source, labels = {}, attributesClass } = {}) {
+    return {
       apiVersion: 'v1',
       kind: 'PersistentVolumeClaim',
-      metadata: { name, namespace: 'default' },
+      metadata: { name, namespace: 'default', labels },
       spec: {
         accessModes: [accessMode],
         storageClassName: storageClass,
         volumeMode: mode,
         resources: { requests: { storage: size } },
         ...(source === undefined ? {} : { dataSource: source }),
+        ...(attributesClass === undefined ? {} : { volumeAttributesClassName: attributesClass }),
       },
-    });
+    };
   }
 
-  /** A pod that sleeps with the claim at /data (or as /dev/data), running. */
-  async pod(name, claim, { node, block = false, securityContext, readOnly = false } = {}) {
+  async claim(name, options) {
+    await this.#cluster.apply(this.claimObject(name, options));
+  }
+
+  /** A pod that sleeps with the claim at /data (or as /dev/data), running. With several claims each is at its name. */
+  async pod(name, claims, { readOnly = false, ...options } = {}) {
+    const claim = (claimName) => ({ persistentVolumeClaim: { claimName, readOnly } });
+    const volumes = Array.isArray(claims) ? claims.map((claimName) => ({ name: claimName, ...claim(claimName) })) : [{ name: 'data', ...claim(claims) }];
+    await this.podWith(name, volumes, options);
+  }
+
+  async podWith(name, volumes, { node, block = false, securityContext, timeoutMs = 90_000 } = {}) {
     await this.#cluster.apply({
       apiVersion: 'v1',
       kind: 'Pod',
@@ -128,10 +162,12 @@ export class Holdfast {
             image: testImage,
             imagePullPolicy: 'Never',
             command: ['sleep', '100000'],
-            ...(block ? { volumeDevices: [{ name: 'data', devicePath: '/dev/data' }] } : { volumeMounts: [{ name: 'data', mountPath: '/data' }] }),
+            ...(block
+              ? { volumeDevices: volumes.map((volume) => ({ name: volume.name, devicePath: `/dev/${volume.name}` })) }
+              : { volumeMounts: volumes.map((volume) => ({ name: volume.name, mountPath: `/${volume.name}` })) }),
           },
         ],
-        volumes: [{ name: 'data', persistentVolumeClaim: { claimName: claim, readOnly } }],
+        volumes,
       },
     });
     await until(
@@ -140,7 +176,7 @@ export class Holdfast {
         const { status } = await this.#cluster.get('pod', name);
         return status.phase === 'Running' && status.containerStatuses?.every((container) => container.ready);
       },
-      { timeoutMs: 90_000 },
+      { timeoutMs },
     );
   }
 
@@ -161,14 +197,29 @@ export class Holdfast {
     });
   }
 
-  async snapshot(name, claim) {
+  async snapshot(name, claim, snapshotClass = 'holdfast') {
     await this.#cluster.apply({
       apiVersion: 'snapshot.storage.k8s.io/v1',
       kind: 'VolumeSnapshot',
       metadata: { name, namespace: 'default' },
-      spec: { volumeSnapshotClassName: 'holdfast', source: { persistentVolumeClaimName: claim } },
+      spec: { volumeSnapshotClassName: snapshotClass, source: { persistentVolumeClaimName: claim } },
     });
     await until(`snapshot ${name} to be ready`, async () => (await this.#cluster.get('volumesnapshot', name)).status?.readyToUse === true, { timeoutMs: 60_000 });
+  }
+
+  /** Of the claims with these labels; the snapshot of each. */
+  async groupSnapshot(name, matchLabels) {
+    await this.#cluster.apply({
+      apiVersion: 'groupsnapshot.storage.k8s.io/v1',
+      kind: 'VolumeGroupSnapshot',
+      metadata: { name, namespace: 'default' },
+      spec: { volumeGroupSnapshotClassName: 'holdfast', source: { selector: { matchLabels } } },
+    });
+    await until(`group snapshot ${name} to be ready`, async () => (await this.#cluster.get('volumegroupsnapshot', name)).status?.readyToUse === true, { timeoutMs: 60_000 });
+    const { items } = await this.#cluster.get('volumesnapshot');
+    return items
+      .filter(({ status }) => status?.volumeGroupSnapshotName === name)
+      .map(({ metadata, spec }) => ({ claim: spec.source.persistentVolumeClaimName, snapshot: metadata.name }));
   }
 
   async deleteSnapshot(name) {
@@ -176,3 +227,11 @@ export class Holdfast {
   }
 }
 
+/** Writes 16 MiB of noise and gives its digest. */
+export function writeNoise(holdfast, pod, path) {
+  return holdfast.sh(pod, `dd if=/dev/urandom of=${path} bs=1M count=16 conv=fsync 2>/dev/null && sha256sum < ${path}`);
+}
+
+export function digest(holdfast, pod, path) {
+  return holdfast.sh(pod, `sha256sum < ${path}`);
+}

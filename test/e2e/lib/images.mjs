@@ -20,9 +20,7 @@ export async function buildTestImages() {
   const built = await run(process.execPath, [join(top, 'tools/images.mjs'), '--out', images, '--tag', 'e2e'], { timeoutMs: 300_000 });
   for (const line of built.trim().split('\n')) console.log(`      image ${line.split('\t').slice(0, 2).join(' ')}`);
   const own = ['metadata-service', 'csi-controller', 'node'].map((name) => join(images, `${name}.tar`));
-  const made = [...sidecars.map(sidecarImage), busyboxImage()];
-  for (const name of standIns) made.push(await standInImage(name));
-  return [...own, ...made];
+  return [...own, ...sidecars.map(sidecarImage), busyboxImage(), ...(await standInImages())];
 }
 
 /** Makes the archive unless it is there, made from the same inputs. */
@@ -64,18 +62,20 @@ function busyboxImage() {
   });
 }
 
-async function standInImage(name) {
-  const source = join(top, 'test/e2e/stand-ins', `${name}.mjs`);
+/** Both programs are in both: one layer, which a node unpacks once. */
+async function standInImages() {
+  const sources = standIns.map((name) => join(top, 'test/e2e/stand-ins', `${name}.mjs`));
   const work = mkdtempSync(join(tmpdir(), 'holdfast-stand-in-'));
   try {
-    const bundled = join(work, 'main.js');
-    await bundle(source, bundled);
-    return cached(name, [source, process.execPath], (root) => {
-      makeRoot(root);
-      copyFromHost(root, [process.execPath]);
-      copyFileSync(bundled, join(root, 'main.mjs'));
-      return { Entrypoint: ['node', '/main.mjs'] };
-    });
+    for (const [i, name] of standIns.entries()) await bundle(sources[i], join(work, `${name}.mjs`));
+    return standIns.map((entry) =>
+      cached(entry, [...sources, join(top, 'test/e2e/stand-ins/end.mjs'), process.execPath], (root) => {
+        makeRoot(root);
+        copyFromHost(root, [process.execPath]);
+        for (const name of standIns) copyFileSync(join(work, `${name}.mjs`), join(root, `${name}.mjs`));
+        return { Entrypoint: ['node', `/${entry}.mjs`] };
+      }),
+    );
   } finally {
     rmSync(work, { recursive: true, force: true });
   }

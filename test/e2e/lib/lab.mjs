@@ -1,15 +1,17 @@
-// The first process inside the lab's namespaces: brings the cluster up, runs the specs one after another, writes the report. Whatever
+// The first process inside the lab's namespaces: brings the cluster up, runs the specs, writes the report. Whatever
 // becomes of it, the processes of the cluster end with it.
 import { mkdirSync, readFileSync, renameSync, writeFileSync } from 'node:fs';
 import { execFileSync } from 'node:child_process';
 import { join } from 'node:path';
 import { Cluster } from './cluster.mjs';
+import { Figures } from './figures.mjs';
 import { Holdfast } from './holdfast.mjs';
-import { specs } from '../specs/index.mjs';
+import { loneSpecs, refusalSpecs, residueSpecs, sharedSpecs } from '../specs/index.mjs';
 
 const { directory, device, images, report, only } = JSON.parse(process.argv[2]);
 
-const state = { passed: 0, failed: 0, unfinished: true };
+const figures = new Figures();
+const state = { passed: 0, failed: 0, unfinished: true, figures: figures.all };
 function save() {
   writeFileSync(`${report}.new`, JSON.stringify(state));
   renameSync(`${report}.new`, report);
@@ -46,14 +48,30 @@ const holdfast = new Holdfast(cluster, device, directory);
 process.once('SIGTERM', () => process.exit(143));
 const isUp = await attempt('a cluster of three nodes comes up', () => cluster.up(3));
 if (!isUp) for (const name of ['kube-apiserver', 'node-1']) console.log(tail(join(cluster.logDirectory, `${name}.log`), 20));
-if (isUp && (await attempt('the chart installs with helm, and all its pods are ready', () => holdfast.install()))) {
-  for (const { name, body } of specs) {
-    if (!new RegExp(only).test(name)) continue;
-    if (!(await attempt(name, () => body({ cluster, holdfast })))) await holdfast.explain();
+/** Those of a list whose names were asked for, so many at one time. */
+async function attemptAll(list, explain, atOnce = 1) {
+  const waiting = list.filter(({ name }) => new RegExp(only).test(name));
+  const some = async () => {
+    for (let next = waiting.shift(); next !== undefined; next = waiting.shift()) {
+      const { name, body } = next;
+      if (!(await attempt(name, () => body({ cluster, holdfast, figures })))) await explain();
+    }
+  };
+  await Promise.all(Array.from({ length: atOnce }, some));
+}
+
+const explain = async () => console.log(await holdfast.explain().catch((error) => error.message));
+if (isUp) {
+  state.kubernetes = JSON.parse(await cluster.kubectl(['version', '-o', 'json'])).serverVersion.gitVersion;
+  await attemptAll(refusalSpecs, explain);
+  if (await attempt('the chart installs with helm, and all its pods are ready', () => holdfast.install())) {
+    await attemptAll(sharedSpecs, explain, 3);
+    await attemptAll(loneSpecs, explain);
+    await attempt('helm uninstalls the chart, and no volume is left open', () => holdfast.uninstall());
+    await attemptAll(residueSpecs, explain);
+  } else {
+    await explain();
   }
-  await attempt('helm uninstalls the chart, and no volume is left open', () => holdfast.uninstall());
-} else {
-  await holdfast.explain().catch(() => undefined);
 }
 state.unfinished = false;
 save();

@@ -10,10 +10,11 @@ hostname "$name"
 mount --make-rprivate /
 mount -t tmpfs tmpfs /run
 mount -t tmpfs tmpfs /var/log
-mkdir -p /run/containerd /run/mount "$dir"/{kubelet,containerd,holdfast,cni,log}
+mkdir -p /run/containerd /run/mount /var/log/pods "$dir"/{kubelet,containerd,holdfast,cni,log/pods}
 mount --bind "$dir/kubelet" /var/lib/kubelet
 mount --bind "$dir/containerd" /var/lib/containerd
 mount --bind "$dir/holdfast" /var/lib/holdfast
+mount --bind "$dir/log/pods" /var/log/pods
 mount --bind "$dir/machine-id" /etc/machine-id
 mount --make-rshared /
 
@@ -23,12 +24,13 @@ ip link set eth0 up
 ip route add default via "$gateway"
 sysctl -q -w net.ipv4.ip_forward=1 net.ipv4.conf.all.rp_filter=0
 
-containerd --config "$dir/containerd.toml" >"$dir/log/containerd.log" 2>&1 &
+containerd --config "$dir/containerd.toml" >>"$dir/log/containerd.log" 2>&1 &
 until ctr --connect-timeout 1s version >/dev/null 2>&1; do sleep 0.1; done
-for image; do ctr -n k8s.io images import "$image" >>"$dir/log/images.log" 2>&1; done
+# Images are on the node's disk: a node that boots again has them.
+[ -e "$dir/images" ] || for image; do ctr -n k8s.io images import "$image" >>"$dir/log/images.log" 2>&1; done
+touch "$dir/images"
 
-"$bin/kube-proxy" --config "$dir/proxy.json" >"$dir/log/kube-proxy.log" 2>&1 &
+"$bin/kube-proxy" --config "$dir/proxy.json" >>"$dir/log/kube-proxy.log" 2>&1 &
 "$bin/kubelet" --config "$dir/kubelet.json" --kubeconfig "$dir/kubeconfig" --root-dir /var/lib/kubelet \
-  --hostname-override "$name" --node-ip "$address" --v 2 >"$dir/log/kubelet.log" 2>&1 &
-touch "$dir/started"
+  --hostname-override "$name" --node-ip "$address" --v 2 >>"$dir/log/kubelet.log" 2>&1 &
 wait

@@ -41,6 +41,17 @@ export function processesBelow(pid) {
   return [...parents.keys()].filter(below);
 }
 
+/** Those of the processes whose command line has this word. */
+export function running(pids, word) {
+  return pids.filter((pid) => {
+    try {
+      return readFileSync(`/proc/${pid}/cmdline`, 'utf8').split('\0').includes(word);
+    } catch {
+      return false;
+    }
+  });
+}
+
 /** Numbers of the FUSE connections that processes serve (/dev/fuse descriptors name theirs). */
 export function fuseConnections(pids) {
   const found = new Set();
@@ -75,11 +86,17 @@ function loops() {
   return JSON.parse(said).loopdevices.map((loop) => ({ path: loop.name, file: loop['back-file'] ?? '', on: String(loop['back-maj:min'] ?? '').trim() }));
 }
 
-/** A connection's number is the minor number of the file system's anonymous device. */
-export function loopsOf(connections, directory) {
+/** Loop devices over files of these connections: a connection's number is the minor number of the file system's anonymous device. */
+export function loopsOver(connections) {
   return loops()
-    .filter(({ file, on }) => file.startsWith(`${directory}/`) || (/^0:\d+$/.test(on) && connections.has(Number(on.slice(2)))))
+    .filter(({ on }) => /^0:\d+$/.test(on) && connections.has(Number(on.slice(2))))
     .map(({ path }) => path);
+}
+
+/** Those, and the ones over files in a directory. */
+export function loopsOf(connections, directory) {
+  const inside = loops().filter(({ file }) => file.startsWith(`${directory}/`));
+  return [...inside.map(({ path }) => path), ...loopsOver(connections)];
 }
 
 export function detach(paths) {

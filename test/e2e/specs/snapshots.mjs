@@ -1,5 +1,6 @@
 // Snapshots, what is restored from them, and clones.
 import assert from 'node:assert/strict';
+import { sleep } from '../lib/shell.mjs';
 
 const content = (holdfast, pod) => holdfast.sh(pod, 'cat /data/file');
 const write = (holdfast, pod, text) => holdfast.sh(pod, `echo ${text} > /data/file && sync`);
@@ -41,6 +42,31 @@ export const snapshotSpecs = [
       assert.ok(size > 1.7 * 2 ** 20, `the clone's file system has ${size} KiB`);
       await holdfast.deletePod('clone');
       await holdfast.deleteClaims('clone');
+    },
+  },
+  {
+    name: 'a VolumeGroupSnapshot has two claims of one running pod at one moment',
+    body: async ({ cluster, holdfast }) => {
+      const names = ['pair-a', 'pair-b'];
+      for (const name of names) await holdfast.claim(name, { labels: { group: 'pair' } });
+      await holdfast.pod('pair', names, { node: 'node-2' });
+      // The second file never gets ahead of the first, nor more than one behind.
+      const step = (file) => `echo $i | dd of=/${file}/count conv=fsync 2>/dev/null`;
+      await holdfast.sh('pair', `(i=0; while test ! -e /tmp/stop; do i=$((i + 1)); ${step('pair-a')}; ${step('pair-b')}; done) >/dev/null 2>&1 &`);
+      await sleep(2000);
+      const members = await holdfast.groupSnapshot('pair', { group: 'pair' });
+      await sleep(1000);
+      assert.deepEqual(members.map(({ claim }) => claim).toSorted(), names);
+      for (const { claim, snapshot } of members) {
+        await holdfast.claim(`${claim}-then`, { source: { apiGroup: 'snapshot.storage.k8s.io', kind: 'VolumeSnapshot', name: snapshot } });
+      }
+      await holdfast.pod('pair-then', names.map((name) => `${name}-then`), { node: 'node-3' });
+      const [a, b] = (await holdfast.sh('pair-then', 'cat /pair-a-then/count /pair-b-then/count')).split('\n').map(Number);
+      assert.ok(a > 0 && (a === b || a === b + 1), `the first is at ${a}, the second at ${b}`);
+      assert.ok(Number(await holdfast.sh('pair', 'cat /pair-b/count')) > b, 'the pod did not go on');
+      await holdfast.deletePod('pair', 'pair-then');
+      await holdfast.deleteClaims(...names, ...names.map((name) => `${name}-then`));
+      await cluster.kubectl(['delete', 'volumegroupsnapshot', 'pair', '--timeout', '60s'], { timeoutMs: 70_000 });
     },
   },
 ];

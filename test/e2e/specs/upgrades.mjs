@@ -2,6 +2,7 @@
 import assert from 'node:assert/strict';
 import { namespace } from '../lib/holdfast.mjs';
 import { sleep } from '../lib/shell.mjs';
+import { takeAway, writing, writingStatefulSet } from '../lib/writer.mjs';
 
 /** Writes numbered blocks with fsync, one line in a log of the pod's own disk for each, until it is told to stop or fails. */
 const writer = `i=0; while test ! -e /tmp/stop; do
@@ -40,6 +41,24 @@ export const upgradeSpecs = [
       assert.match(await holdfast.sh('rollout', 'touch /tmp/stop; while test ! -e /tmp/result; do sleep 1; done; cat /tmp/result'), /^done \d+$/);
       await holdfast.deletePod('rollout');
       await holdfast.deleteClaims('rollout');
+    },
+  },
+  {
+    name: 'helm upgrade to other values of every component, and helm rollback, fail no write on any node',
+    body: async ({ cluster, holdfast }) => {
+      const names = cluster.nodes.map(({ name }) => `upgrade-${name}`);
+      await cluster.apply(...cluster.nodes.map(({ name }) => writingStatefulSet(`upgrade-${name}`, { prefer: name })));
+      const writers = [];
+      for (const name of names) writers.push(await writing({ cluster }, `${name}-0`));
+      await holdfast.helm('upgrade', '--set', 'node.logLevel=debug,controller.logLevel=debug,metadataService.logLevel=debug');
+      await holdfast.untilRolledOut();
+      for (const writer of writers) await writer.assertGoesOn('after the upgrade');
+      const began = performance.now();
+      await holdfast.rollback();
+      const took = (performance.now() - began) / 1000;
+      assert.ok(took < 55, `the rollback took ${took.toFixed(1)} s: a container let its pod's grace period pass`);
+      for (const writer of writers) await writer.assertGoesOn('after the rollback');
+      await takeAway({ cluster, holdfast }, ...names);
     },
   },
 ];

@@ -1,10 +1,7 @@
-// Claims and pods: writing, moving, file systems, raw block, growth, groups of pods.
+// Claims and pods: writing, moving, file systems, raw block, groups of pods.
 import assert from 'node:assert/strict';
+import { digest, writeNoise } from '../lib/holdfast.mjs';
 import { until } from '../lib/shell.mjs';
-
-/** Writes 16 MiB of noise and gives its digest. */
-const writeFile = (holdfast, pod, path) => holdfast.sh(pod, `dd if=/dev/urandom of=${path} bs=1M count=16 conv=fsync 2>/dev/null && sha256sum < ${path}`);
-const digest = (holdfast, pod, path) => holdfast.sh(pod, `sha256sum < ${path}`);
 
 function movesWith(storageClass, fsType) {
   return {
@@ -14,7 +11,7 @@ function movesWith(storageClass, fsType) {
       await holdfast.claim(name, { storageClass });
       await holdfast.pod(`${name}-a`, name, { node: 'node-2' });
       assert.match(await holdfast.sh(`${name}-a`, 'grep " /data " /proc/mounts'), new RegExp(` ${fsType} `));
-      const written = await writeFile(holdfast, `${name}-a`, '/data/file');
+      const written = await writeNoise(holdfast, `${name}-a`, '/data/file');
       await holdfast.deletePod(`${name}-a`);
       await holdfast.pod(`${name}-b`, name, { node: 'node-3' });
       assert.equal(await digest(holdfast, `${name}-b`, '/data/file'), written);
@@ -41,21 +38,6 @@ export const volumeSpecs = [
       assert.equal(await holdfast.sh('raw-b', 'dd if=/dev/data bs=1M count=8 2>/dev/null | tr -d "\\0" | wc -c'), '0');
       await holdfast.deletePod('raw-b');
       await holdfast.deleteClaims('raw');
-    },
-  },
-  {
-    name: 'a volume grows while its pod writes to it',
-    body: async ({ cluster, holdfast }) => {
-      await holdfast.claim('grow', { storageClass: 'holdfast-xfs', size: '1Gi' });
-      await holdfast.pod('grow', 'grow');
-      const before = Number(await holdfast.sh('grow', 'df -k /data | tail -n 1 | tr -s " " | cut -d " " -f 2'));
-      const written = await writeFile(holdfast, 'grow', '/data/file');
-      await cluster.kubectl(['patch', 'pvc', 'grow', '--patch', '{"spec":{"resources":{"requests":{"storage":"3Gi"}}}}']);
-      await until('the file system to grow', async () => Number(await holdfast.sh('grow', 'df -k /data | tail -n 1 | tr -s " " | cut -d " " -f 2')) > before * 2.5, { timeoutMs: 90_000, everyMs: 1000 });
-      assert.equal((await cluster.get('pvc', 'grow')).status.capacity.storage, '3Gi');
-      assert.equal(await digest(holdfast, 'grow', '/data/file'), written);
-      await holdfast.deletePod('grow');
-      await holdfast.deleteClaims('grow');
     },
   },
   {
@@ -87,6 +69,32 @@ export const volumeSpecs = [
       assert.equal(await holdfast.sh('once-b', 'cat /data/file'), 'first');
       await holdfast.deletePod('once-b');
       await holdfast.deleteClaims('once');
+    },
+  },
+  {
+    name: 'a claim takes its VolumeAttributesClass, and another one later; one with an unknown parameter is refused with an event',
+    body: async ({ cluster, holdfast }) => {
+      await holdfast.claim('attributes', { storageClass: 'holdfast-now', attributesClass: 'holdfast-stays' });
+      const current = (name) => async () => {
+        const { status } = await cluster.get('pvc', 'attributes');
+        return status.phase === 'Bound' && status.currentVolumeAttributesClassName === name;
+      };
+      const change = (name) => cluster.kubectl(['patch', 'pvc', 'attributes', '--patch', JSON.stringify({ spec: { volumeAttributesClassName: name } })]);
+      await until('the claim to be bound with its class', current('holdfast-stays'));
+      const { csi } = (await cluster.get('pv', (await cluster.get('pvc', 'attributes')).spec.volumeName)).spec;
+      const parameters = async () => (await holdfast.cli('volume', 'show', csi.volumeHandle)).mutableParameters;
+      assert.deepEqual(await parameters(), { 'holdfast.io/evict': 'false' });
+      await change('holdfast-moves');
+      await until('the claim to have its second class', current('holdfast-moves'));
+      assert.deepEqual(await parameters(), { 'holdfast.io/evict': 'true' });
+      await change('holdfast-unknown');
+      await until('the unknown parameter to be refused', async () => {
+        const { items } = await cluster.get('events', '--field-selector', 'involvedObject.name=attributes,type=Warning');
+        return items.some(({ reason, message }) => reason === 'VolumeModifyFailed' && /Unknown mutable parameter "iops"\. Known: holdfast\.io\/evict/.test(message));
+      });
+      assert.equal((await cluster.get('pvc', 'attributes')).status.currentVolumeAttributesClassName, 'holdfast-moves');
+      assert.deepEqual(await parameters(), { 'holdfast.io/evict': 'true' });
+      await holdfast.deleteClaims('attributes');
     },
   },
   {

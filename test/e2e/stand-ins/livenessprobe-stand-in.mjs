@@ -1,5 +1,6 @@
 // Does what livenessprobe does, with the same flags: answers GET /healthz with the plugin's own Probe. Only for tests: that sidecar is not to
 // be had as a Go module.
+import './end.mjs';
 import { createServer } from 'node:http';
 import { parseArgs } from 'node:util';
 import { credentials } from '@grpc/grpc-js';
@@ -14,4 +15,3 @@ createServer((_, response) => {
     response.writeHead(good ? 200 : 500).end(good ? 'ok' : (error?.details ?? 'not ready'));
   });
 }).listen(Number(values['http-endpoint'].split(':').pop()));
-process.on('SIGTERM', () => process.exit(0));

@@ -1,5 +1,6 @@
 // Does what node-driver-registrar does for the kubelet, with the same flags: offers the plugin's socket on the kubelet's registration
 // socket. Only for tests: that sidecar is not to be had as a Go module.
+import './end.mjs';
 import { unlinkSync } from 'node:fs';
 import { parseArgs } from 'node:util';
 import { Client, credentials, Server, ServerCredentials } from '@grpc/grpc-js';
@@ -78,7 +79,4 @@ server.addService(contract['pluginregistration.Registration'], {
   },
 });
 await new Promise((done, failed) => server.bindAsync(`unix:${socket}`, ServerCredentials.createInsecure(), (error) => (error ? failed(error) : done())));
-process.on('SIGTERM', () => {
-  server.forceShutdown();
-  process.exit(0);
-});
+process.prependListener('SIGTERM', () => server.forceShutdown());

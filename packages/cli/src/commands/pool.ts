@@ -1,4 +1,7 @@
-/** holdfast pool: format, list, show, check. */
+/** holdfast pool: format, list, show, grow, drain, remove, check. */
+import { randomUUID } from 'node:crypto';
+import { userInfo } from 'node:os';
+import { call } from '@holdfast/common';
 import {
   native,
   type CheckFinding,
@@ -130,7 +133,7 @@ async function list(_flags: unknown, command: Command): Promise<void> {
       pools.map((pool) => [
         pool.name,
         pool.uuid,
-        pool.state.toLowerCase(),
+        `${pool.state.toLowerCase()}${pool.draining && pool.state === 'ACTIVE' ? ', draining' : ''}`,
         enumWord('FENCING_CLASS', pool.fencing),
         formatBytes(BigInt(pool.slab_count) * BigInt(pool.slab_size)),
         formatBytes(used(pool)),
@@ -166,6 +169,10 @@ async function show(word: string, _flags: unknown, command: Command): Promise<vo
       ],
       ['Provisioned', formatBytes(pool.provisioned_bytes)],
       ['Incarnation', pool.incarnation],
+      ...(pool.growth === '' ? [] : [['Device', pool.growth] as const]),
+      ...(pool.draining
+        ? [['Drained', `nothing new is placed on it; left: ${contentsText(pool)}`] as const]
+        : []),
     ]),
   );
   if (pool.hosts.length > 0) {
@@ -183,6 +190,83 @@ async function show(word: string, _flags: unknown, command: Command): Promise<vo
         ]),
       ),
     );
+  }
+}
+
+/** What is left on a pool that is drained, a sentence. */
+function contentsText(pool: Pool__Output): string {
+  const { contents } = pool;
+  if (contents === null) return '';
+  const some = (count: string, what: string, names: readonly string[] = []): string[] =>
+    count === '0'
+      ? []
+      : [`${count} ${what}${count === '1' ? '' : 's'}${names.length === 0 ? '' : ` (${names.join(', ')})`}`];
+  const left = [
+    ...some(contents.volumes, 'volume', contents.volume_names),
+    ...some(contents.snapshots, 'snapshot', contents.snapshot_names),
+    ...some(contents.volumes_deleting, 'deleted volume'),
+    ...some(contents.grants, 'open grant'),
+    ...some(contents.layers, 'layer'),
+    ...some(contents.kept_layers, 'of them named by the disk alone'),
+  ];
+  return left.length === 0
+    ? `nothing: \`holdfast pool remove ${pool.name}\` forgets the pool`
+    : left.join(', ');
+}
+
+const waitMs = 120_000;
+
+async function grow(word: string, _flags: unknown, command: Command): Promise<void> {
+  const grown = await withMetadata(command, async (api) => {
+    const { uuid } = await api.pool(word);
+    return await api.run((c) => call(c, c.GrowPool, { pool_uuid: uuid }, { timeoutMs: waitMs }));
+  });
+  const pool = grown.pool as Pool__Output;
+  if (globals(command).output === 'json') {
+    printJson({ slabsAdded: grown.slabs_added, pool: poolView(pool) });
+    return;
+  }
+  const size = formatBytes(BigInt(pool.slab_count) * BigInt(pool.slab_size));
+  console.log(
+    grown.slabs_added === '0'
+      ? `Pool "${pool.name}" has ${size} and uses all that its nodes see of the device.`
+      : `Pool "${pool.name}" has ${grown.slabs_added} slabs more: ${size}.`,
+  );
+}
+
+function drainWith(method: 'DrainPool' | 'UndrainPool') {
+  return async (word: string, _flags: unknown, command: Command): Promise<void> => {
+    const pool = await withMetadata(command, async (api) => {
+      const { uuid } = await api.pool(word);
+      const request = { request_id: randomUUID(), pool_uuid: uuid, asked_by: userInfo().username };
+      return await api.run((c, ms) => call(c, c[method], request, { timeoutMs: ms }));
+    });
+    if (globals(command).output === 'json') printJson(poolView(pool));
+    else if (!pool.draining) console.log(`Pool "${pool.name}" takes new volumes again.`);
+    else console.log(`Nothing new is placed on pool "${pool.name}". Left on it: ${contentsText(pool)}.`);
+  };
+}
+
+async function remove(word: string, flags: { forgetKeptLayers?: boolean }, command: Command): Promise<void> {
+  await withMetadata(command, async (api) => {
+    // A UUID also names a pool that has gone since an earlier call, which is success.
+    const uuid = /^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/.test(word)
+      ? word
+      : (await api.pool(word)).uuid;
+    const request = {
+      request_id: randomUUID(),
+      pool_uuid: uuid,
+      asked_by: userInfo().username,
+      forget_kept_layers: flags.forgetKeptLayers === true,
+    };
+    await api.run((c) => call(c, c.RemovePool, request, { timeoutMs: waitMs }));
+  });
+  if (globals(command).output === 'json') printJson({ removed: word });
+  else {
+    console.log(
+      `Pool "${word}" is removed. Its device is let go; what is on it stays until it is formatted:`,
+    );
+    console.log('holdfast pool format DEVICE --name NAME --force');
   }
 }
 
@@ -234,6 +318,20 @@ export function addPoolCommands(program: Command): void {
     .action(format);
   pool.command('list').alias('ls').description('all pools').action(list);
   pool.command('show <pool>').description('one pool and its hosts, by name or UUID').action(show);
+  pool
+    .command('grow <pool>')
+    .description('use what the device has gained, as soon as every node sees it')
+    .action(grow);
+  pool
+    .command('drain <pool>')
+    .description('place nothing new on a pool; what is there goes on')
+    .action(drainWith('DrainPool'));
+  pool.command('undrain <pool>').description('take a drain back').action(drainWith('UndrainPool'));
+  pool
+    .command('remove <pool>')
+    .description('forget a drained pool on which nothing is left, and let its device go')
+    .option('--forget-kept-layers', 'also with layers that only its disk names, if nobody needs them')
+    .action(remove);
   pool
     .command('check <pool>')
     .description('read-only check of every page, by device, name or UUID; exit code 1 when not clean')

@@ -124,6 +124,12 @@ async function show(word: string, _flags: unknown, command: Command): Promise<vo
           .map(([k, v]) => `${k}=${v}`)
           .join(', ') || '-',
       ],
+      [
+        'Mutable',
+        Object.entries(volume.mutable_parameters)
+          .map(([k, v]) => `${k}=${v}`)
+          .join(', ') || '-',
+      ],
       ['Age', age(volume.created_unix_ms)],
     ]),
   );

@@ -304,18 +304,23 @@ export class CsiCluster {
     }
   }
 
-  /** Waits until no slab of the pool is a volume's. */
+  /** Waits until no slab of the pool is a volume's. Rejects when none has come back for `timeoutMs`. */
   async untilEmpty(timeoutMs: number): Promise<void> {
-    const deadline = Date.now() + timeoutMs;
+    let deadline = Date.now() + timeoutMs;
+    let least: bigint | undefined;
     for (;;) {
       const { pools } = await call(this.metadata, this.metadata.ListPools, {}, { timeoutMs: 5000 });
       const pool = pools.find((p) => p.uuid === this.#state.disk.poolUuid);
       if (pool === undefined) throw new Error('The pool is not known any more');
       const taken = BigInt(pool.slab_count) - BigInt(pool.slabs_free) - BigInt(pool.slabs_ahead);
       if (taken === 0n) return;
+      if (least === undefined || taken < least) {
+        least = taken;
+        deadline = Date.now() + timeoutMs;
+      }
       if (Date.now() > deadline) {
         throw new Error(
-          `${taken} of ${pool.slab_count} slabs are still in use ${timeoutMs / 1000} s after the last volume was deleted`,
+          `${taken} of ${pool.slab_count} slabs are still in use, and none has come back for ${timeoutMs / 1000} s`,
         );
       }
       await sleep(100);

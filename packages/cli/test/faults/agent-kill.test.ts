@@ -26,6 +26,7 @@ describe('an agent killed with -9 under a mounted volume', () => {
           '--fsync=64',
           '--verify=crc32c',
           '--verify_fatal=1',
+          '--verify_state_save=0',
           '--do_verify=1',
           '--verify_backlog=512',
           '--time_based=1',

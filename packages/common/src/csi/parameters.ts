@@ -18,7 +18,8 @@ const ignored = [
 ];
 /**
  * "false": pods that use volumes of this class stay on a node that died, until a person or Kubernetes moves them. The same key as
- * an annotation of a PersistentVolumeClaim goes before the class. No part of what the volume is.
+ * an annotation of a PersistentVolumeClaim goes before everything, as a mutable parameter of the volume before the class. No part
+ * of what the volume is.
  */
 export const EVICT = 'holdfast.io/evict';
 const fsTypeKeys = ['fsType', 'csi.storage.k8s.io/fstype'];
@@ -65,6 +66,30 @@ export function readParameters(parameters: Readonly<Record<string, string>>): Vo
     fsType: asked[0],
     mkfsOptions: readMkfsOptions(parameters['mkfsOptions'] ?? ''),
   };
+}
+
+/** What may change after creation (VolumeAttributesClass). */
+export const mutableParameterKeys = [EVICT] as const;
+
+/** @throws INVALID_ARGUMENT naming the known ones for one that is unknown, or not a value of it. */
+export function readMutableParameters(parameters: Readonly<Record<string, string>>): Record<string, string> {
+  for (const [key, value] of Object.entries(parameters)) {
+    if (key !== EVICT) {
+      const fixed = (knownParameters as readonly string[]).includes(key);
+      throw new HoldfastError(
+        'INVALID_ARGUMENT',
+        `${fixed ? `Parameter "${key}" can not change after creation` : `Unknown mutable parameter "${key}"`}. Known: ` +
+          `${mutableParameterKeys.join(', ')}. Correct the VolumeAttributesClass.`,
+      );
+    }
+    if (value !== 'true' && value !== 'false') {
+      throw new HoldfastError(
+        'INVALID_ARGUMENT',
+        `Mutable parameter "${key}" is "${value}". Give "true" or "false" in the VolumeAttributesClass.`,
+      );
+    }
+  }
+  return { ...parameters };
 }
 
 /** Words of mkfs options. None may name a file or another device, so none has a slash. */

@@ -46,6 +46,8 @@ export interface Fencing {
   agents(name: string): Promise<AgentView[]>;
   /** Node ids that hold a grant of the volume which is not free; undefined: no such volume. */
   holders(handle: string): Promise<string[] | undefined>;
+  /** The volume's own word on whether its pods are moved off a dead node; undefined: it has none, or there is no such volume. */
+  evict(handle: string): Promise<boolean | undefined>;
   /** Durable and idempotent: returns when the intent is stored. @throws Conflict when that life, or its silence, is over. */
   fence(life: Life, reason: string, unlessConnected: boolean): Promise<void>;
 }

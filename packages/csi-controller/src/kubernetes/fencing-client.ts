@@ -1,5 +1,5 @@
 /** Fencing by the metadata service. */
-import { HoldfastError, parseHandle } from '@holdfast/common';
+import { EVICT, HoldfastError, parseHandle } from '@holdfast/common';
 import type { Host__Output, Node__Output, Volume__Output } from '@holdfast/proto';
 import type { MetadataApi } from '../metadata-client.ts';
 import { Conflict, type Fencing } from './cluster.ts';
@@ -25,11 +25,21 @@ export class MetadataFencing implements Fencing {
   }
 
   async holders(handle: string): Promise<string[] | undefined> {
+    const volume = await this.#volume(handle);
+    return volume === undefined ? undefined : holdersOf(volume);
+  }
+
+  async evict(handle: string): Promise<boolean | undefined> {
+    const word = (await this.#volume(handle))?.mutable_parameters[EVICT];
+    return word === undefined ? undefined : word !== 'false';
+  }
+
+  async #volume(handle: string): Promise<Volume__Output | undefined> {
     const parsed = parseHandle(handle);
     if (parsed === undefined) return undefined;
     try {
       const volume = await this.#metadata.getVolume(parsed.volumeUuid, {}, caller());
-      return volume.pool_uuid === parsed.poolUuid ? holdersOf(volume) : undefined;
+      return volume.pool_uuid === parsed.poolUuid ? volume : undefined;
     } catch (error) {
       if (error instanceof HoldfastError && error.code === 'NOT_FOUND') return undefined;
       throw error;

@@ -203,6 +203,7 @@ class LookUp {
   readonly #cluster: Cluster;
   readonly #fencing: Fencing;
   readonly #classes = new Map<string, Promise<V1StorageClass | undefined>>();
+  readonly #evicts = new Map<string, Promise<boolean | undefined>>();
   readonly #holders = new Map<string, Promise<string[] | undefined>>();
 
   constructor({ cluster, fencing }: Sources) {
@@ -235,14 +236,16 @@ class LookUp {
       poolUuid: parsed.poolUuid,
       persistentVolume: objectName('PersistentVolume', volume),
       claim: objectName('PersistentVolumeClaim', claim),
-      evict: await this.#evict(claim, volume),
+      evict: await this.#evict(claim, volume, handle),
       holders: await once(this.#holders, handle, () => this.#fencing.holders(handle)),
     };
   }
 
-  async #evict(claim: V1PersistentVolumeClaim, volume: V1PersistentVolume): Promise<boolean> {
+  async #evict(claim: V1PersistentVolumeClaim, volume: V1PersistentVolume, handle: string): Promise<boolean> {
     const own = claim.metadata?.annotations?.[EVICT];
     if (own === 'true' || own === 'false') return own === 'true';
+    const modified = await once(this.#evicts, handle, () => this.#fencing.evict(handle));
+    if (modified !== undefined) return modified;
     const name = volume.spec?.storageClassName ?? '';
     if (name === '') return true;
     const found = await once(this.#classes, name, () => this.#cluster.storageClass(name));

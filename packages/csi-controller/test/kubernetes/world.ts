@@ -101,6 +101,9 @@ export class World {
   readonly done = { fences: 0, deletions: 0, taints: 0, outOfService: 0 };
   #uid = 0;
 
+  /** What volumes say themselves. */
+  readonly evicts = new Map<string, boolean>();
+
   constructor(seed: number) {
     let state = seed >>> 0 || 1;
     this.random = () => {
@@ -410,6 +413,7 @@ export class World {
           const volume = [...this.volumes.values()].find((one) => one.handle === handle);
           return volume && (volume.holder === undefined ? [] : [volume.holder.nodeId]);
         }),
+      evict: (handle) => this.service('evict', () => this.evicts.get(handle)),
       fence: (life, _reason, unlessConnected) =>
         this.service('fence', () => this.#fence(life, unlessConnected), true),
     };

@@ -116,7 +116,10 @@ class RunningAgent implements Agent {
       logger: this.#logger,
       ...(options.channelCredentials === undefined ? {} : { channelCredentials: options.channelCredentials }),
     });
-    this.#scanner = new DeviceScanner(options.devices, options.native, this.#logger);
+    this.#scanner = new DeviceScanner(options.devices, options.native, this.#logger, (uuid) => {
+      const pool = this.#pools.get(uuid);
+      return pool === undefined || pool.dead ? undefined : pool.native;
+    });
     this.#volumes = new Volumes({
       service: this.#service,
       returns: new PendingReturns(join(options.stateDir, 'pending-returns.json')),
@@ -134,6 +137,8 @@ class RunningAgent implements Agent {
       volumes: this.#volumes,
       cuts: this.#cuts,
       logger: this.#logger,
+      look: () => this.#scan(),
+      leave: (uuid, generation) => this.#leaveForGood(uuid, generation),
     });
   }
 
@@ -224,26 +229,32 @@ class RunningAgent implements Agent {
   }
 
   #sendPoolsSeen(): void {
-    const pools: PoolSeen[] = [...this.#seen.values()].map(({ devicePath, info, authority }) => ({
-      uuid: info.uuid,
-      name: info.name,
-      wwid: info.wwid,
-      device_path: devicePath,
-      fencing: fencingNames[info.fencing],
-      slab_size: info.slabSize.toString(),
-      slab_count: info.slabCount.toString(),
-      volume_slots: info.volumeSlots,
-      layer_slots: info.layerSlots,
-      host_slots: info.hostSlots,
-      renew_interval_ms: info.renewIntervalMs,
-      lease_ms: info.leaseMs,
-      drain_ms: info.drainMs,
-      authority: {
-        store_id: authority.unclaimed ? '' : authority.store,
-        incarnation: authority.incarnation.toString(),
-        term: authority.term.toString(),
-      },
-    }));
+    const pools: PoolSeen[] = [...this.#seen.values()].map((seen) => {
+      const { devicePath, info, authority, deviceBytes, slabsPossible, problem } = seen;
+      return {
+        uuid: info.uuid,
+        name: info.name,
+        wwid: info.wwid,
+        device_path: devicePath,
+        fencing: fencingNames[info.fencing],
+        slab_size: info.slabSize.toString(),
+        slab_count: info.slabCount.toString(),
+        volume_slots: info.volumeSlots,
+        layer_slots: info.layerSlots,
+        host_slots: info.hostSlots,
+        renew_interval_ms: info.renewIntervalMs,
+        lease_ms: info.leaseMs,
+        drain_ms: info.drainMs,
+        device_bytes: deviceBytes.toString(),
+        slabs_possible: slabsPossible.toString(),
+        problem,
+        authority: {
+          store_id: authority.unclaimed ? '' : authority.store,
+          incarnation: authority.incarnation.toString(),
+          term: authority.term.toString(),
+        },
+      };
+    });
     const text = JSON.stringify(pools);
     if (text !== this.#seenSent && this.#service.send({ pools_seen: { pools } })) this.#seenSent = text;
   }
@@ -339,6 +350,31 @@ class RunningAgent implements Agent {
     pool.ready = true;
   }
 
+  /**
+   * The pool is being removed: nothing may be open on it any more. Joining it again would need the service's word, which has
+   * taken it back already.
+   */
+  async #leaveForGood(uuid: string, generation: string): Promise<void> {
+    this.#accepted.delete(uuid);
+    const pool = this.#pools.get(uuid);
+    if (this.#joining.has(uuid) || this.#leaving.has(uuid)) {
+      throw new HoldfastError('UNAVAILABLE', `This node is joining or leaving pool ${uuid} now. Ask again.`);
+    }
+    if (pool === undefined || pool.host.generation !== generation) return;
+    if (this.#volumes.countOf(pool) > 0) {
+      throw Object.assign(new Error(`Volumes of pool ${uuid} are open here.`), { code: 'HF_BUSY' });
+    }
+    this.#leaving.add(uuid);
+    try {
+      await pool.release();
+      await pool.native.close();
+      this.#pools.delete(uuid);
+      this.#logger.info({ pool: uuid, generation }, 'Left a pool that is being removed');
+    } finally {
+      this.#leaving.delete(uuid);
+    }
+  }
+
   /** A dead generation with no device left: its handle and lock are released, then the pool may be joined again. */
   #letGo(pool: HostedPool): void {
     if (this.#leaving.has(pool.uuid)) return;
@@ -373,7 +409,10 @@ class RunningAgent implements Agent {
         );
       }
     }
-    if (this.#service.connected) this.#volumes.sendReturns();
+    if (this.#service.connected) {
+      this.#volumes.sendReturns();
+      this.#volumes.tellOpened();
+    }
     this.#reconcilePools();
   }
 
@@ -411,6 +450,7 @@ class RunningAgent implements Agent {
     this.#accepted = new Set(welcome.accepted_pools);
     this.#sessionId = welcome.session_id;
     if (this.#service.connected) return; // a later Welcome only tells of newly accepted pools
+    this.#volumes.helloHeard();
     const kept = new Map(welcome.stock.map((stock) => [stock.pool_uuid, stock.runs.map(runFromWire)]));
     for (const pool of this.#pools.values()) {
       if (!pool.dead) pool.keepStock(kept.get(pool.uuid) ?? []);

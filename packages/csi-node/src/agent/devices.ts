@@ -6,14 +6,22 @@
 import { readdirSync, realpathSync } from 'node:fs';
 import { dirname, join } from 'node:path';
 import type { Logger } from '@holdfast/common';
-import type { Authority, PoolInfo, PoolTools } from '@holdfast/native';
-import { messageOf } from './convert.ts';
+import type { Authority, Pool, PoolInfo, PoolTools } from '@holdfast/native';
+import { messageOf, nativeCode } from './convert.ts';
 
 export interface FoundPool {
   devicePath: string;
   info: PoolInfo;
   authority: Authority;
+  /** Of the device, now, and what the pool would have if it grew into that. */
+  deviceBytes: bigint;
+  slabsPossible: bigint;
+  /** Of a pool that is open here: why its device can not be used as it is now. Empty: it can. */
+  problem: string;
 }
+
+/** How an open pool looks at its own device: the engine has it open, and has to use what is found. */
+export type LookAt = (uuid: string) => Pool | undefined;
 
 /** Expands `*` and `?` in the last part of each pattern; a pattern without them stands for itself. */
 export function expandDevices(patterns: readonly string[]): string[] {
@@ -49,7 +57,10 @@ export class DeviceScanner {
   /** One complaint for each device and reason, not one for each scan. */
   readonly #complained = new Map<string, string>();
 
-  constructor(patterns: readonly string[], tools: PoolTools, logger: Logger) {
+  readonly #open: LookAt;
+
+  constructor(patterns: readonly string[], tools: PoolTools, logger: Logger, open: LookAt) {
+    this.#open = open;
     this.#patterns = patterns;
     this.#tools = tools;
     this.#logger = logger;
@@ -94,10 +105,34 @@ export class DeviceScanner {
 
   async #refresh(pool: FoundPool): Promise<FoundPool | undefined> {
     try {
-      return { ...pool, authority: await this.#tools.readAuthority(pool.devicePath) };
+      return {
+        ...pool,
+        ...(await this.#look(pool)),
+        authority: await this.#tools.readAuthority(pool.devicePath),
+      };
     } catch (error) {
       this.#complain(pool.devicePath, `${pool.devicePath} cannot be read: ${messageOf(error)}`);
       return undefined;
+    }
+  }
+
+  /** A device that has grown, or that another node has made more slabs of, is used by the engine from here on. */
+  async #look(pool: FoundPool): Promise<Partial<FoundPool>> {
+    const open = this.#open(pool.info.uuid);
+    if (open === undefined) return {};
+    try {
+      const { info, deviceBytes, slabsPossible } = await open.look();
+      if (info.slabCount > pool.info.slabCount) {
+        this.#logger.info(
+          { pool: info.uuid, device: pool.devicePath },
+          `The pool has grown from ${pool.info.slabCount} to ${info.slabCount} slabs`,
+        );
+      }
+      return { info, deviceBytes, slabsPossible, problem: '' };
+    } catch (error) {
+      if (nativeCode(error) !== 'HF_TOO_SMALL') throw error;
+      this.#complain(pool.devicePath, messageOf(error));
+      return { problem: messageOf(error) };
     }
   }
 
@@ -114,7 +149,15 @@ export class DeviceScanner {
       }
       for (const warning of device.pool.warnings) this.#complain(path, warning);
       const authority = await this.#tools.readAuthority(path);
-      return { devicePath: path, info: device.pool, authority };
+      return {
+        devicePath: path,
+        info: device.pool,
+        authority,
+        deviceBytes: device.sizeBytes,
+        // Not a host yet: what it would gain is worked out by those that are.
+        slabsPossible: device.pool.slabCount,
+        problem: '',
+      };
     } catch (error) {
       this.#complain(path, `${path} cannot be used: ${messageOf(error)}`);
       return undefined;

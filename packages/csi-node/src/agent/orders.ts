@@ -28,7 +28,7 @@ const mergesKept = 1024;
 const askedAgain: readonly string[] = ['HF_UNAVAILABLE', 'HF_BUSY', 'HF_STALE'];
 
 /** Long answers, and harmless to work out again. */
-const notKept: readonly Order__Output['order'][] = ['cut_volumes', 'read_changes'];
+const notKept: readonly Order__Output['order'][] = ['cut_volumes', 'read_changes', 'look_at_device'];
 
 /** Who gives orders: a store's life and its leader's term. */
 export interface AuthorityTerm {
@@ -54,6 +54,10 @@ export class OrderDesk {
   readonly #volumes: Volumes;
   readonly #cuts: Cuts;
   readonly #logger: Logger;
+  /** Looks at the devices, and reports what is seen. */
+  readonly #look: () => Promise<void>;
+  /** Ends a host life, because its pool is being removed. */
+  readonly #leave: (poolUuid: string, generation: string) => Promise<void>;
   /** Wipes and strips of a pool, one after the other: an answer says that nothing of the order is in flight. */
   readonly #jobs = new KeyedLock();
   readonly #results = new Map<string, Promise<OrderResult>>();
@@ -68,7 +72,11 @@ export class OrderDesk {
     volumes: Volumes;
     cuts: Cuts;
     logger: Logger;
+    look: () => Promise<void>;
+    leave: (poolUuid: string, generation: string) => Promise<void>;
   }) {
+    this.#look = options.look;
+    this.#leave = options.leave;
     this.#tools = options.tools;
     this.#pool = options.pool;
     this.#device = options.device;
@@ -308,6 +316,24 @@ export class OrderDesk {
           layers: wipe.layers.map(layerFromWire),
         }),
       );
+      return {};
+    }
+    if (order.look_at_device) {
+      await this.#look();
+      return {};
+    }
+    if (order.grow_device) {
+      const pool = this.#hostedAs(order, order.grow_device.generation);
+      await this.#checkPage(pool, order);
+      const deviceBytes = BigInt(order.grow_device.device_bytes);
+      await this.#jobs.run(pool.uuid, () => pool.native.grow(deviceBytes));
+      await this.#look();
+      return {};
+    }
+    if (order.leave_pool) {
+      const pool = this.#pool(order.pool_uuid);
+      if (pool !== undefined && !pool.dead) await this.#checkPage(pool, order);
+      await this.#leave(order.pool_uuid, order.leave_pool.generation);
       return {};
     }
     return this.#runSnapshots(order);

@@ -7,6 +7,7 @@
  * it. So before each Hello the agent lets every call end, and starts none until the Welcome is there.
  */
 import { randomUUID } from 'node:crypto';
+import { setImmediate as nextTurn } from 'node:timers/promises';
 import { call, clientOptions, grpcTarget, HoldfastError, type Logger } from '@holdfast/common';
 import {
   holdfast,
@@ -102,8 +103,6 @@ export class MetadataConnection {
       // One connection a node, and every revocation that waits for this agent ends in a fence: be there soon.
       'grpc.initial_reconnect_backoff_ms': 100,
       'grpc.max_reconnect_backoff_ms': 500,
-      'grpc.keepalive_time_ms': 5000,
-      'grpc.keepalive_timeout_ms': 5000,
       'grpc.keepalive_permit_without_calls': 1,
     };
     const chosen = options.channelCredentials ?? credentials.createInsecure();
@@ -199,11 +198,13 @@ export class MetadataConnection {
     return reason;
   }
 
-  /** Resolves when no unary call is under way. */
+  /** Resolves when no unary call is under way, and whoever made the last ones has had a turn to note the answers. */
   async #quiet(): Promise<void> {
-    while (this.#underWay > 0 && !this.#stop.signal.aborted) {
-      await new Promise<void>((resolve) => this.#idleWaiters.push(resolve));
-    }
+    do {
+      if (this.#underWay > 0 && !this.#stop.signal.aborted)
+        await new Promise<void>((resolve) => this.#idleWaiters.push(resolve));
+      await nextTurn();
+    } while (this.#underWay > 0 && !this.#stop.signal.aborted);
   }
 
   async #ready(): Promise<void> {

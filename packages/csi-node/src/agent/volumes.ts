@@ -20,6 +20,7 @@ import type {
   VolumeCut__Output,
   VolumeCutResult,
 } from '@holdfast/proto';
+import { Backoff } from './backoff.ts';
 import {
   fromNativeError,
   isTransient,
@@ -40,12 +41,18 @@ const returnWaitMs = 5000;
 const awayWaitMs = 300;
 /** How long the answer to a revocation waits until earlier claims are in the service's books. */
 const reportWaitMs = 8000;
+/** Between attempts to tell the service that a volume is open. */
+const tellFirstMs = 500;
+const tellMostMs = 10_000;
 
 export interface LocalVolume {
   uuid: string;
   pool: HostedPool;
   native: OpenVolume;
+  /** These of its spec never change. Reading `native.spec` makes a new copy of all of it, with every slab. */
+  volumeId: bigint;
   epoch: bigint;
+  readOnly: boolean;
   /** Unknown for a volume that was taken over from a dead agent. */
   publishId: string | undefined;
   revoked: boolean;
@@ -54,6 +61,14 @@ export interface LocalVolume {
   top: bigint;
   /** All slabs of the top layer, by number; while a cut is under way, those of the layer that freezes too. */
   claimed: Map<bigint, Slab>;
+}
+
+/** Open here, and the service could not be told so. */
+interface Untold {
+  volume: LocalVolume;
+  backoff: Backoff;
+  notBeforeMs: number;
+  telling: boolean;
 }
 
 /** Not open here. In answer to a revocation: and never again under this epoch or an older one. */
@@ -65,6 +80,7 @@ export class Volumes {
   readonly #open = new Map<string, LocalVolume>();
   /** Granted, not open yet: part of what this node holds. */
   readonly #opening = new Map<string, { pool: HostedPool; epoch: bigint }>();
+  readonly #untold = new Map<string, Untold>();
   /** Open without a device, for as long as it takes to compact them. */
   readonly #maintained = new Map<string, LocalVolume>();
   /** A grant at or below this epoch was revoked here: its late answer must not open the volume. */
@@ -118,19 +134,22 @@ export class Volumes {
   }
 
   #localVolume(pool: HostedPool, native: OpenVolume, publishId: string | undefined): LocalVolume {
-    const top = native.spec.layers[0];
+    const { uuid, volumeId, epoch, readOnly, layers } = native.spec;
+    const top = layers[0];
     const claimed = new Map<bigint, Slab>();
     // A reader claims nothing, and what it still maps may be somebody else's by now.
-    if (top !== undefined && !native.spec.readOnly) {
+    if (top !== undefined && !readOnly) {
       for (const { slab, generation } of slabsOf(top.slabs)) {
-        claimed.set(slab, { volumeId: native.spec.volumeId, layerId: top.layerId, slab, generation });
+        claimed.set(slab, { volumeId, layerId: top.layerId, slab, generation });
       }
     }
     return {
-      uuid: native.spec.uuid,
+      uuid,
       pool,
       native,
-      epoch: native.spec.epoch,
+      volumeId,
+      epoch,
+      readOnly,
       publishId,
       revoked: false,
       reason: '',
@@ -187,7 +206,7 @@ export class Volumes {
 
   #byVolumeId(pool: HostedPool, volumeId: bigint): LocalVolume | undefined {
     for (const volume of [...this.#open.values(), ...this.#maintained.values()]) {
-      if (volume.pool === pool && volume.native.spec.volumeId === volumeId) return volume;
+      if (volume.pool === pool && volume.volumeId === volumeId) return volume;
     }
     return undefined;
   }
@@ -379,7 +398,7 @@ export class Volumes {
     this.#opening.delete(uuid);
     this.#logger.info({ ...where, device: volume.native.export.devicePath }, 'Opened a volume');
     try {
-      await this.#service.volumeOpened({ host: pool.host, volume_uuid: uuid, epoch: grant.epoch });
+      await this.#tellOpened(volume);
     } catch (error) {
       if (!isTransient(error)) {
         this.#logger.warn(where, `The metadata service refused the opening: ${messageOf(error)}`);
@@ -388,9 +407,50 @@ export class Volumes {
         await this.#detach(volume);
         throw error;
       }
-      // Offered or open is the same right; the next Hello says that it is open.
+      // Offered or open is the same right. But until the service knows, it cuts no snapshot of it.
+      const backoff = new Backoff(tellFirstMs, tellMostMs);
+      const notBeforeMs = performance.now() + backoff.next();
+      this.#untold.set(uuid, { volume, backoff, notBeforeMs, telling: false });
     }
     return this.#answer(volume);
+  }
+
+  #tellOpened({ pool, uuid, epoch }: LocalVolume): Promise<void> {
+    return this.#service.volumeOpened({ host: pool.host, volume_uuid: uuid, epoch: epoch.toString() });
+  }
+
+  /** Tells again what is open and could not be told, in the background, when it is time. */
+  tellOpened(): void {
+    for (const [uuid, untold] of this.#untold) {
+      const { volume } = untold;
+      if (this.#open.get(uuid) !== volume || volume.revoked || volume.pool.dead) this.#untold.delete(uuid);
+      else if (!untold.telling && performance.now() >= untold.notBeforeMs) void this.#tellAgain(untold);
+    }
+  }
+
+  async #tellAgain(untold: Untold): Promise<void> {
+    const { volume } = untold;
+    const where = { volume: volume.uuid, epoch: volume.epoch.toString() };
+    untold.telling = true;
+    try {
+      await this.#tellOpened(volume);
+      this.#logger.info(where, 'The metadata service knows now that the volume is open');
+    } catch (error) {
+      if (isTransient(error)) {
+        untold.notBeforeMs = performance.now() + untold.backoff.next();
+        return;
+      }
+      // The grant is over, or being taken back: that it is has an order of its own, and by now the volume may be mounted.
+      this.#logger.warn(where, `The metadata service refused the opening: ${messageOf(error)}`);
+    } finally {
+      untold.telling = false;
+    }
+    if (this.#untold.get(volume.uuid) === untold) this.#untold.delete(volume.uuid);
+  }
+
+  /** The service has heard a Hello, which names all that is open. */
+  helloHeard(): void {
+    this.#untold.clear();
   }
 
   // ------------------------------------------------------------------------------------------ closing
@@ -444,8 +504,7 @@ export class Volumes {
   }
 
   async #closeAndReturn(volume: LocalVolume): Promise<void> {
-    const { pool, uuid, native, epoch } = volume;
-    const volumeId = native.spec.volumeId;
+    const { pool, uuid, native, volumeId, epoch } = volume;
     const describe = (): PendingReturn => this.#pendingReturn(pool, native.spec, pool.unreported(volumeId));
     const closing = describe();
     this.#returns.put(closing);
@@ -476,7 +535,7 @@ export class Volumes {
       );
     }
     // A dead generation's slabs are read from their pages; nobody listens to its reports any more.
-    if (volume.pool.dead) volume.pool.forgetClaims(volume.native.spec.volumeId);
+    if (volume.pool.dead) volume.pool.forgetClaims(volume.volumeId);
     this.#open.delete(volume.uuid);
     this.#logger.info({ volume: volume.uuid }, 'Took the device of a fenced volume away');
     this.#onFreed();
@@ -542,7 +601,7 @@ export class Volumes {
       }
       const now = volume.native.stats().sizeBytes;
       if (atLeastBytes !== 0n && now >= atLeastBytes) return now;
-      if (volume.native.spec.readOnly) {
+      if (volume.readOnly) {
         throw new HoldfastError(
           'FAILED_PRECONDITION',
           `Volume ${uuid} is open read-only on this node and can't take a new size. It has it when it is staged again.`,
@@ -565,7 +624,7 @@ export class Volumes {
     const grown = this.#locks.run(`volume ${uuid}`, async () => {
       const volume = this.#open.get(uuid);
       if (volume === undefined || volume.revoked || volume.pool.dead) return;
-      if (!volume.native.spec.readOnly) await this.#grow(volume, sizeBytes);
+      if (!volume.readOnly) await this.#grow(volume, sizeBytes);
     });
     grown.catch((error: unknown) =>
       this.#logger.warn(`Volume ${uuid} could not grow: ${messageOf(error)}. NodeExpandVolume tries again.`),
@@ -606,7 +665,7 @@ export class Volumes {
           'A volume was revoked: its device answers EIO from now on',
         );
       }
-      const claimed = volume.pool.unreported(volume.native.spec.volumeId).map(claimedToWire);
+      const claimed = volume.pool.unreported(volume.volumeId).map(claimedToWire);
       return { epoch: epoch.toString(), was_open: true, claimed };
     });
   }
@@ -675,7 +734,7 @@ export class Volumes {
         { volume: volume.uuid, top: cut.top?.layer_id, heldUs: report.heldMicroseconds },
         'Cut an open volume',
       );
-      return cutResult(cut, volume.native.spec.volumeId, report.frozen, report.heldMicroseconds);
+      return cutResult(cut, volume.volumeId, report.frozen, report.heldMicroseconds);
     });
   }
 

@@ -1,4 +1,5 @@
 /** The CSI node plugin as a process: `main.js --endpoint unix:/csi/csi.sock --agent unix:/run/holdfast/agent.sock --state-dir DIR`. */
+import { endEarly } from './end-early.ts';
 import { Command } from 'commander';
 import { createLogger } from '@holdfast/common';
 import { startCsiNode } from './server.ts';
@@ -18,6 +19,7 @@ const options = new Command('holdfast-csi-node')
 
 try {
   const running = await startCsiNode({ ...options, logger });
+  process.off('SIGTERM', endEarly);
   for (const signal of ['SIGINT', 'SIGTERM'] as const) {
     process.once(signal, () => {
       logger.info({ signal }, 'stopping');

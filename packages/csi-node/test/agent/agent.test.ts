@@ -234,6 +234,25 @@ describe('agent', () => {
     expect(granted.sort()).toEqual(slabs.sort());
   });
 
+  it('asks for the whole spec of a volume once, however many slabs it has and claims', async () => {
+    const node = await startNode('node-1');
+    await joined(node);
+    const volume = await create('v');
+    await open(node, volume, await publish(volume, node));
+    for (let i = 0; i < 10; i++) {
+      await stocked(node);
+      node.native.pool.volume(volume.uuid).claim(1);
+    }
+    await close(node, volume);
+    await unpublish(volume, node);
+    await open(node, volume, await publish(volume, node));
+    await stocked(node);
+    const opened = node.native.pool.volume(volume.uuid);
+    opened.claim(1);
+    expect(opened.described).toBe(1);
+    expect(opened.spec.layers[0]?.slabs.reduce((sum, run) => sum + run.count, 0)).toBe(10);
+  });
+
   it('refuses another publish id than the one that is current', async () => {
     const node = await startNode('node-1');
     await joined(node);

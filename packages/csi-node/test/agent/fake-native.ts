@@ -22,6 +22,7 @@ import type {
   OpenVolume,
   Pool,
   PoolInfo,
+  PoolRoom,
   SlabOwner,
   SlabRun,
   MergeReport,
@@ -37,7 +38,11 @@ function failure(code: string, message: string): Error {
 export class FakeDisk {
   /** Something that exists: devices are told apart by their real paths. */
   readonly path = '/dev/null';
-  readonly info: PoolInfo = {
+  /** Of the device; by default no more than the pool uses. */
+  deviceBytes = 0n;
+  /** The device is smaller than the pool. */
+  shrunk = false;
+  info: PoolInfo = {
     uuid: randomUUID(),
     name: 'fake',
     wwid: `fake:${randomUUID()}`,
@@ -81,7 +86,10 @@ export class FakeDisk {
 }
 
 export class FakeVolume implements OpenVolume {
-  spec: VolumeSpec;
+  readonly uuid: string;
+  #spec: VolumeSpec;
+  /** How often anybody asked for the whole spec: of the real engine that is a copy with every slab. */
+  described = 0;
   readonly export;
   readonly #pool: FakePool;
   size: bigint;
@@ -99,13 +107,19 @@ export class FakeVolume implements OpenVolume {
 
   constructor(pool: FakePool, spec: VolumeSpec, device = true) {
     this.#pool = pool;
-    this.spec = spec;
+    this.uuid = spec.uuid;
+    this.#spec = spec;
     this.size = spec.sizeBytes;
     this.export = {
       frontend: 'fuse' as const,
       devicePath: device ? `/dev/fake-${spec.volumeId}` : '',
       reason: 'fake',
     };
+  }
+
+  get spec(): VolumeSpec {
+    this.described += 1;
+    return this.#spec;
   }
 
   async hold(timeoutMs: number): Promise<void> {
@@ -120,7 +134,7 @@ export class FakeVolume implements OpenVolume {
     this.writes = 'go on';
   }
   async cut(top: LayerSpec, snapshot: { name: string; unixMs: number }): Promise<CutReport> {
-    const [now, below] = this.spec.layers;
+    const [now, below] = this.#spec.layers;
     if (now === undefined) throw new Error('no layer');
     if (now.layerId === top.layerId && below !== undefined) {
       return { frozen: { ...below, slabs: this.#pool.disk.slabsOf(below.layerId) }, heldMicroseconds: 0 };
@@ -132,7 +146,7 @@ export class FakeVolume implements OpenVolume {
     }
     if (top.parentLayerId !== now.layerId) throw failure('INVALID_ARGUMENT', 'not on top of the top');
     const frozen = { ...now, frozen: true, sizeBytes: this.size };
-    this.spec = { ...this.spec, layers: [top, frozen, ...this.spec.layers.slice(1)] };
+    this.#spec = { ...this.#spec, layers: [top, frozen, ...this.#spec.layers.slice(1)] };
     this.writeLayer(frozen, 'frozen', snapshot.name);
     this.writeLayer(top, 'writable');
     this.#record(this.state === 'open' ? 'open' : 'closed');
@@ -144,7 +158,10 @@ export class FakeVolume implements OpenVolume {
   }
   async forget(slabs: SlabRun[], layers: bigint[]): Promise<void> {
     this.forgotten.push(...slabs);
-    this.spec = { ...this.spec, layers: this.spec.layers.filter(({ layerId }) => !layers.includes(layerId)) };
+    this.#spec = {
+      ...this.#spec,
+      layers: this.#spec.layers.filter(({ layerId }) => !layers.includes(layerId)),
+    };
   }
   /** Claims as many slabs as the pool's `compacting` says, and lasts until it is ended if that says so. */
   async compact(
@@ -167,7 +184,7 @@ export class FakeVolume implements OpenVolume {
       slot: layer.slot,
       layerId: layer.layerId,
       parentLayerId: layer.parentLayerId,
-      volumeId: this.spec.volumeId,
+      volumeId: this.#spec.volumeId,
       sizeBytes: layer.sizeBytes,
       birth: layer.birth,
       state,
@@ -177,11 +194,11 @@ export class FakeVolume implements OpenVolume {
 
   /** The first writes to `count` slabs' worth of new places. */
   claim(count: number): bigint[] {
-    const [top] = this.spec.layers;
+    const [top] = this.#spec.layers;
     if (top === undefined) throw new Error('no layer');
     const taken = this.#pool.takeStock(count);
     for (const { slab, generation } of taken) {
-      const owner = { layerId: top.layerId, volumeId: this.spec.volumeId, slab, generation };
+      const owner = { layerId: top.layerId, volumeId: this.#spec.volumeId, slab, generation };
       this.#pool.disk.owners.set(slab, { ...owner, state: 'claimed' });
       this.#pool.emit({ type: 'slab-claimed', pool: this.#pool.info.uuid, ...owner });
     }
@@ -189,25 +206,25 @@ export class FakeVolume implements OpenVolume {
   }
 
   #record(state: VolumeRecord['state']): void {
-    this.#pool.disk.records.set(this.spec.slot, {
-      slot: this.spec.slot,
-      volumeId: this.spec.volumeId,
-      uuid: this.spec.uuid,
-      name: this.spec.name,
+    this.#pool.disk.records.set(this.#spec.slot, {
+      slot: this.#spec.slot,
+      volumeId: this.#spec.volumeId,
+      uuid: this.#spec.uuid,
+      name: this.#spec.name,
       state,
       sizeBytes: this.size,
-      topLayerId: this.spec.layers[0]?.layerId ?? 0n,
-      epoch: this.spec.epoch,
+      topLayerId: this.#spec.layers[0]?.layerId ?? 0n,
+      epoch: this.#spec.epoch,
       hostId: this.#pool.hostId,
       generation: this.#pool.generation,
       fenced: false,
-      parametersJson: this.spec.parametersJson,
+      parametersJson: this.#spec.parametersJson,
     });
   }
 
   opened(): void {
-    if (this.spec.readOnly) return;
-    const [top] = this.spec.layers;
+    if (this.#spec.readOnly) return;
+    const [top] = this.#spec.layers;
     if (top !== undefined) this.writeLayer(top, 'writable');
     this.#record('open');
   }
@@ -222,12 +239,12 @@ export class FakeVolume implements OpenVolume {
       this.failNextClose = false;
       throw failure('IO', 'the record could not be written');
     }
-    if (!this.spec.readOnly) this.#record('closed');
+    if (!this.#spec.readOnly) this.#record('closed');
     this.state = 'closed';
     this.#pool.remove(this);
   }
   async revoke(): Promise<void> {
-    if (this.state === 'open' && !this.spec.readOnly) this.#record('closed');
+    if (this.state === 'open' && !this.#spec.readOnly) this.#record('closed');
     this.state = 'revoked';
     this.#endCompaction?.();
   }
@@ -256,7 +273,6 @@ export class FakeVolume implements OpenVolume {
 
 export class FakePool implements Pool {
   readonly disk: FakeDisk;
-  readonly info: PoolInfo;
   readonly hostId: number;
   readonly generation: bigint;
   readonly lockPath: string;
@@ -274,7 +290,6 @@ export class FakePool implements Pool {
 
   constructor(disk: FakeDisk, options: OpenPoolOptions, emit: (event: EngineEvent) => void) {
     this.disk = disk;
-    this.info = disk.info;
     this.hostId = options.hostId;
     this.generation = options.generation;
     this.lockPath = options.lockPath;
@@ -297,6 +312,23 @@ export class FakePool implements Pool {
     });
   }
 
+  async look(): Promise<PoolRoom> {
+    if (this.disk.shrunk) throw failure('TOO_SMALL', 'the device shrank');
+    const possible = this.disk.deviceBytes / BigInt(this.info.slabSize);
+    return {
+      info: this.info,
+      deviceBytes: this.disk.deviceBytes,
+      slabsPossible: possible > this.info.slabCount ? possible : this.info.slabCount,
+    };
+  }
+  async grow(deviceBytes: bigint): Promise<PoolRoom> {
+    if (this.disk.deviceBytes < deviceBytes) throw failure('TOO_SMALL', 'smaller here');
+    this.disk.info = { ...this.disk.info, slabCount: deviceBytes / BigInt(this.info.slabSize) };
+    return await this.look();
+  }
+  get info(): PoolInfo {
+    return this.disk.info;
+  }
   leaseState(): LeaseState {
     return this.lease;
   }
@@ -304,7 +336,7 @@ export class FakePool implements Pool {
     return this.#volumes;
   }
   volume(uuid: string): FakeVolume {
-    const found = this.#volumes.find((v) => v.spec.uuid === uuid);
+    const found = this.#volumes.find((v) => v.uuid === uuid);
     if (found === undefined) throw new Error(`volume ${uuid} is not open`);
     return found;
   }

@@ -15,6 +15,7 @@ import {
   type OrderResult__Output,
   type ReturnVolumeRequest__Output,
   type ServiceMessage,
+  type VolumeOpenedRequest__Output,
 } from '@holdfast/proto';
 import { waitFor } from '@holdfast/testing';
 import type { FakeDisk } from './fake-native.ts';
@@ -28,6 +29,13 @@ export class ScriptedService {
   readonly grants = new Map<string, Grant>();
   readonly returned: ReturnVolumeRequest__Output[] = [];
   readonly reported: ClaimedSlab__Output[] = [];
+  /** Every VolumeOpened that arrived, and what it is answered with: undefined is success. */
+  readonly told: VolumeOpenedRequest__Output[] = [];
+  openedError: HoldfastError | undefined;
+  /** StageVolume calls, which are answered when this has resolved. */
+  asked = 0;
+  beforeGrant: Promise<void> = Promise.resolve();
+  hellos = 0;
   held: HeldVolume__Output[] = [];
   #server: GrpcServer | undefined;
   #session: Session | undefined;
@@ -64,9 +72,15 @@ export class ScriptedService {
         StageVolume: unary(logger, 'StageVolume', async (request: { volume_uuid: string }) => {
           const grant = this.grants.get(request.volume_uuid);
           if (grant === undefined) throw new HoldfastError('FAILED_PRECONDITION', 'No grant is scripted.');
+          this.asked += 1;
+          await this.beforeGrant;
           return grant;
         }),
-        VolumeOpened: unary(logger, 'VolumeOpened', async () => ({})),
+        VolumeOpened: unary(logger, 'VolumeOpened', async (request: VolumeOpenedRequest__Output) => {
+          this.told.push(request);
+          if (this.openedError !== undefined) throw this.openedError;
+          return {};
+        }),
         ReturnVolume: unary(logger, 'ReturnVolume', async (request: ReturnVolumeRequest__Output) => {
           this.returned.push(request);
           return {};
@@ -101,6 +115,7 @@ export class ScriptedService {
     session.on('data', (message: AgentMessage__Output) => {
       if (message.hello) {
         this.#session = session;
+        this.hellos += 1;
         this.held = message.hello.holding.flatMap((pool) => pool.volumes);
         const stock = message.hello.holding.map((pool) => ({
           pool_uuid: this.disk.info.uuid,

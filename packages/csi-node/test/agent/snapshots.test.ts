@@ -2,17 +2,15 @@
 import { randomUUID } from 'node:crypto';
 import { readFileSync, writeFileSync } from 'node:fs';
 import { credentials } from '@grpc/grpc-js';
-import { call, createLogger } from '@holdfast/common';
+import { call } from '@holdfast/common';
 import { holdfast, type Grant, type Layer, type NodeAgentClient, type VolumeCut } from '@holdfast/proto';
 import { TestArea, waitFor } from '@holdfast/testing';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 import type { FileSystemFreezer, Frozen } from '../../src/agent/freeze.ts';
-import { loadIdentity, startAgent, type Agent } from '../../src/agent/index.ts';
+import type { Agent } from '../../src/agent/index.ts';
 import { FakeDisk, FakeNative, type FakeVolume } from './fake-native.ts';
+import { poolJoined, startOneNode } from './one-node.ts';
 import { ScriptedService } from './scripted-service.ts';
-
-const logger = createLogger('test');
-if (process.env['HOLDFAST_LOG_LEVEL'] === undefined) logger.level = 'silent';
 
 const SIZE = 1 << 30;
 
@@ -53,23 +51,7 @@ describe('snapshot orders', () => {
   let api: NodeAgentClient;
 
   const startTheAgent = async (): Promise<void> => {
-    agent = await startAgent({
-      stateDir: area.path('node'),
-      socket: `unix:${area.path('agent.sock')}`,
-      keeperSocket: 'none',
-      metadata: service.address,
-      identity: loadIdentity(area.path('node'), 'node-1', {
-        machineId: '1'.repeat(32),
-        bootId: '2'.repeat(32),
-      }),
-      devices: [disk.path],
-      lockDir: area.path('locks'),
-      maxVolumes: 8,
-      logger,
-      native,
-      freezer,
-      rescanMs: 100,
-    });
+    agent = await startOneNode(area, { disk, service, native, freezer });
   };
 
   beforeEach(async () => {
@@ -81,10 +63,7 @@ describe('snapshot orders', () => {
     freezer = new FakeFreezer();
     await startTheAgent();
     api = new holdfast.NodeAgent(`unix:${area.path('agent.sock')}`, credentials.createInsecure());
-    await waitFor('the pool', async () => {
-      const { pools } = await call(api, api.GetAgentInfo, {});
-      return pools[0]?.lease === 'valid' ? true : undefined;
-    });
+    await poolJoined(api);
   });
   afterEach(async () => {
     api.close();

@@ -6,6 +6,8 @@ import { alsoOff, stepHost, type Death, type HostEvent, type HostOutcome } from 
 import { tables, type HostLife, type HostRecord, type PoolRecord } from './records.ts';
 import { orphanAhead } from './slabs.ts';
 import { voidGrants } from './grants.ts';
+import { joinWithRoom } from './growth.ts';
+import type { PoolSighting } from './pools.ts';
 
 export function lifeOf(host: HostRecord): HostLife {
   return { hostId: host.hostId, generation: host.generation, nodeId: host.nodeId };
@@ -61,12 +63,20 @@ export interface JoinRequest {
   bootId: string;
   lockPath: string;
   previousIoDead: boolean;
+  /** How the node sees the pool's device. */
+  room: Pick<PoolSighting, 'slabCount' | 'deviceBytes' | 'slabsPossible'>;
 }
 
 /** A node joins a pool: its old slot if it has one, else a slot never used, else one whose last owner is long dead. */
 export function joinPool(d: Decision, request: JoinRequest): HostRecord {
   const pool = requirePool(d, request.poolUuid);
   requireAuthority(d, pool);
+  if (pool.removing) {
+    throw new HoldfastError(
+      'FAILED_PRECONDITION',
+      `Pool ${pool.name} is being removed: nobody joins it any more.`,
+    );
+  }
   for (const [name, value] of Object.entries({ machine_id: request.machineId, boot_id: request.bootId })) {
     if (value === '')
       throw new HoldfastError('INVALID_ARGUMENT', `JoinPool needs ${name}: it identifies the machine.`);
@@ -78,7 +88,9 @@ export function joinPool(d: Decision, request: JoinRequest): HostRecord {
     );
   }
   const hostId = slotFor(d, pool, request.nodeId);
-  const outcome = applyHost(d, pool, hostId, { type: 'join', ...request });
+  const { room, ...join } = request;
+  const outcome = applyHost(d, pool, hostId, { type: 'join', ...join });
+  if (outcome.type !== 'stale') joinWithRoom(d, pool, requireHost(d, pool, hostId), room);
   if (outcome.type === 'same') return requireHost(d, pool, hostId);
   if (outcome.type === 'stale') {
     throw new HoldfastError(

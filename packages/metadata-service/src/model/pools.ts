@@ -2,12 +2,23 @@
 import { HoldfastError } from '@holdfast/common';
 import { Bitmap } from './bitmap.ts';
 import { audit, requirePool, type Decision } from './decision.ts';
-import { tables, type Authority, type PoolGeometry, type PoolRecord } from './records.ts';
-import { growPool } from './slabs.ts';
+import { noteRoom } from './growth.ts';
+import {
+  tables,
+  type Authority,
+  type PoolGeometry,
+  type PoolRecord,
+  type RemovedPoolRecord,
+} from './records.ts';
 
 /** A pool as an agent found it on a device. */
 export interface PoolSighting extends PoolGeometry {
   devicePath: string;
+  /** Of the device as the node sees it now, and what the pool would have if it grew into that. 0: not known. */
+  deviceBytes: bigint;
+  slabsPossible: number;
+  /** Why it can not be used as it is now; empty: it can. */
+  problem: string;
   authority: { storeId: string; incarnation: bigint; term: bigint };
 }
 
@@ -25,6 +36,11 @@ export type SightingVerdict =
 export function seePool(d: Decision, nodeId: string, seen: PoolSighting): SightingVerdict {
   const { authority } = seen;
   const pool = tables.pool.get(d.tx, seen.uuid);
+  const removed = pool === undefined ? tables.removedPool.get(d.tx, seen.uuid) : undefined;
+  if (removed !== undefined) return { type: 'refuse-device', message: wasRemoved(nodeId, seen, removed) };
+  if (pool !== undefined && seen.problem !== '') {
+    return { type: 'refuse-device', message: `Pool ${pool.name} on ${nodeId}: ${seen.problem}` };
+  }
   if (pool !== undefined && pool.wwid !== seen.wwid) {
     return {
       type: 'refuse-device',
@@ -94,16 +110,16 @@ export function seePool(d: Decision, nodeId: string, seen: PoolSighting): Sighti
         `it has ${pool.slabCount} of ${pool.slabSize}. The device has shrunk or is an old copy. It is refused.`,
     };
   }
-  if (seen.slabCount > pool.slabCount) {
-    audit(d, 'pool-grown', {
-      poolUuid: pool.uuid,
-      nodeId,
-      detail: `${pool.slabCount} to ${seen.slabCount} slabs`,
-    });
-    growPool(d.tx, pool, seen.slabCount);
-    tables.pool.put(d.tx, pool, pool.uuid);
-  }
+  noteRoom(d, pool, nodeId, seen);
   return claimedNow ? { type: 'accepted' } : { type: 'claim' };
+}
+
+function wasRemoved(nodeId: string, seen: PoolSighting, removed: RemovedPoolRecord): string {
+  return (
+    `${seen.devicePath} on ${nodeId} holds pool ${removed.name} (${seen.uuid}), which was removed from this service at ` +
+    `${new Date(removed.atUnixMs).toISOString()}. It is not used. To make a new pool of it, run: holdfast pool format ` +
+    `${seen.devicePath} --force`
+  );
 }
 
 function isNewer(a: Authority, b: Authority): boolean {
@@ -138,7 +154,14 @@ function refuseGeometry(seen: PoolSighting): string | undefined {
 }
 
 function remember(d: Decision, nodeId: string, seen: PoolSighting): void {
-  const { devicePath, authority: _nobody, ...geometry } = seen;
+  const {
+    devicePath,
+    authority: _nobody,
+    deviceBytes: _b,
+    slabsPossible: _p,
+    problem: _w,
+    ...geometry
+  } = seen;
   const pool: PoolRecord = {
     ...geometry,
     state: 'CLAIMING',

@@ -49,6 +49,30 @@ export type PoolRecord = PoolGeometry & {
   provisionedBytes: bigint;
   /** The highest threshold of used slabs, in percent, that was warned about; absent: none. */
   warnedPercent?: number;
+  /** Nothing new is placed on it. */
+  draining?: boolean;
+  /** It is being forgotten: nobody joins it any more. */
+  removing?: boolean;
+  /** An order to grow into so much of the device may be on its way: nobody who sees less joins. */
+  growingBytes?: bigint;
+};
+
+/** How a host's machine sees the pool, by its newest report. */
+export type RoomRecord = {
+  /** Of the host's life that was reported for. */
+  generation: bigint;
+  /** That its engine can use. */
+  slabCount: number;
+  /** Of the device; 0: an agent that does not say. */
+  deviceBytes: bigint;
+  /** If the pool grew into that. */
+  slabsPossible: number;
+};
+
+/** A pool that was removed: its device is not taken for one of a service that lost its database. */
+export type RemovedPoolRecord = {
+  name: string;
+  atUnixMs: number;
 };
 
 export type Authority = {
@@ -180,6 +204,8 @@ export type VolumeRecord = {
   /** What it is a copy of; empty: none. */
   sourceSnapshotUuid: string;
   sourceVolumeUuid: string;
+  /** May be changed at any time; no part of what the volume is. Absent: none. */
+  mutableParameters?: Record<string, string>;
 };
 
 export type LayerRecord = {
@@ -384,6 +410,10 @@ export class Table<T extends Value, K extends readonly Part[]> {
   key(...parts: K): string {
     return `${this.#name}/${parts.map(part).join('/')}`;
   }
+  /** Of a key's parts as entries() gives them, numbers padded already. */
+  keyOf(parts: readonly string[]): string {
+    return `${this.#name}/${parts.map(part).join('/')}`;
+  }
   get(tx: Snapshot, ...parts: K): T | undefined {
     return tx.get(this.key(...parts)) as T | undefined;
   }
@@ -466,6 +496,8 @@ export const tables = {
   slots: new Table<string, readonly [pool: string, kind: 'volume' | 'layer']>('slots'),
   ahead: new Table<AheadRecord, readonly [pool: string, host: number]>('ahead'),
   orphan: new Table<OrphanRecord, readonly [pool: string, host: number, generation: bigint]>('orphan'),
+  room: new Table<RoomRecord, readonly [pool: string, host: number]>('room'),
+  removedPool: new Table<RemovedPoolRecord, readonly [pool: string]>('removed-pool'),
   /** Slabs that must not be used again: their pages are bad or name a layer that nobody knows. */
   quarantine: new Table<SlabRun[], readonly [pool: string]>('quarantine'),
   audit: new Table<AuditEntry, readonly [sequence: bigint]>('audit'),

@@ -6,6 +6,7 @@ import { maintained, requireReady, requireVolume } from './grants.ts';
 import { isMaintenance } from './grant.ts';
 import { attach, layerGone, livingFrom, makeLayer, requireLayer, unused } from './layers.ts';
 import { markSlot, takeSlot } from './pools.ts';
+import { refuseDraining } from './removal.ts';
 import { tables, type LayerRecord, type PoolRecord, type SlabRun, type VolumeRecord } from './records.ts';
 import { compactionOf } from './segments.ts';
 import { addToLayer, freeFromLayer, reserveFree, slabsOf } from './slabs.ts';
@@ -28,6 +29,8 @@ export interface CreateRequest {
   /** At most one of the two; empty: none. */
   sourceSnapshotUuid: string;
   sourceVolumeUuid: string;
+  /** Of a new volume; one that exists keeps its own. */
+  mutableParameters?: Record<string, string>;
 }
 
 /**
@@ -38,6 +41,7 @@ export function createVolume(d: Decision, request: CreateRequest): { volume: Vol
   checkName(request.name, 'volume');
   checkSize(request.sizeBytes, request.limitBytes);
   checkParameters(request.parameters, 'volume');
+  checkParameters(request.mutableParameters ?? {}, 'volume');
   const known = tables.volumeName.get(d.tx, request.name);
   if (known !== undefined) return { volume: compatible(requireVolume(d, known), request), isNew: false };
   const source = sourceOf(d, request);
@@ -47,6 +51,7 @@ export function createVolume(d: Decision, request: CreateRequest): { volume: Vol
   }
   const pool = requirePool(d, source.poolUuid);
   requireAuthority(d, pool);
+  if (pool.draining) refuseDraining([pool]);
   requireRoomFor(d, [pool], request.sizeBytes);
   const what = {
     ...request,
@@ -136,6 +141,7 @@ function insert(
     state?: 'CREATING' | 'READY';
     sourceSnapshotUuid?: string;
     sourceVolumeUuid?: string;
+    mutableParameters?: Record<string, string>;
   },
   event: string,
 ): VolumeRecord {
@@ -157,6 +163,9 @@ function insert(
     createdUnixMs: d.nowUnixMs,
     sourceSnapshotUuid: what.sourceSnapshotUuid ?? '',
     sourceVolumeUuid: what.sourceVolumeUuid ?? '',
+    ...(Object.keys(what.mutableParameters ?? {}).length > 0
+      ? { mutableParameters: { ...what.mutableParameters } }
+      : {}),
   };
   pool.nextVolumeId += 1n;
   pool.provisionedBytes += what.sizeBytes;
@@ -271,7 +280,9 @@ function choosePool(d: Decision, wanted: readonly string[], sizeBytes: bigint): 
           : `No agent has confirmed the authority over ${pools.map((pool) => pool.name).join(', ')} yet. Repeat the call.`),
     );
   }
-  return requireRoomFor(d, usable, sizeBytes).reduce((best, pool) => (isRoomier(pool, best) ? pool : best));
+  const open = usable.filter((pool) => !pool.draining);
+  if (open.length === 0) refuseDraining(usable);
+  return requireRoomFor(d, open, sizeBytes).reduce((best, pool) => (isRoomier(pool, best) ? pool : best));
 }
 
 /** Those that may promise as much more. @throws HoldfastError NO_SPACE when none may */
@@ -416,6 +427,27 @@ export function expandVolume(d: Decision, uuid: string, sizeBytes: bigint, limit
   return grown;
 }
 
+/** Sets mutable parameters; those that are not named stay as they are. */
+export function modifyVolume(
+  d: Decision,
+  uuid: string,
+  mutableParameters: Readonly<Record<string, string>>,
+): VolumeRecord {
+  const volume = requireReady(d, uuid);
+  const before = volume.mutableParameters ?? {};
+  const after = { ...before, ...mutableParameters };
+  checkParameters(after, 'volume');
+  if (sameParameters(before, after)) return volume;
+  const modified: VolumeRecord = { ...volume, mutableParameters: after };
+  tables.volume.put(d.tx, modified, uuid);
+  audit(d, 'modify', {
+    poolUuid: volume.poolUuid,
+    volumeUuid: uuid,
+    detail: `${volume.name}: ${JSON.stringify(before)} to ${JSON.stringify(after)}`,
+  });
+  return modified;
+}
+
 export const maxListEntries = 1000;
 
 /** One page, in the order of UUIDs: a token names the last one seen, so deletes between pages do not disturb it. */
@@ -483,6 +515,12 @@ export function importVolume(
   const known = tables.volume.get(d.tx, uuid);
   if (known !== undefined) return requireVolume(d, uuid);
   const pool = requirePool(d, context.poolUuid);
+  if (pool.removing) {
+    throw new HoldfastError(
+      'FAILED_PRECONDITION',
+      `Volume ${uuid} cannot be known again: pool ${pool.name} is being removed.`,
+    );
+  }
   const name = disk?.name ?? context.name;
   const taken = tables.volumeName.get(d.tx, name);
   if (taken !== undefined) {

@@ -51,7 +51,7 @@ export class AgentsApi {
     return {
       Session: (stream) => this.#session(stream),
       JoinPool: unary(log, 'JoinPool', async (request) => {
-        this.#requireSession(request);
+        const room = this.#requireSession(request);
         const { answer } = await this.#core.decide((d) =>
           once(d, 'JoinPool', request, () =>
             refOf(
@@ -62,6 +62,7 @@ export class AgentsApi {
                 bootId: request.boot_id,
                 lockPath: request.lock_path,
                 previousIoDead: request.previous_io_dead,
+                room,
               }),
             ),
           ),
@@ -103,6 +104,7 @@ export class AgentsApi {
       }),
       AllocateSlabs: unary(log, 'AllocateSlabs', async (request) => {
         const { poolUuid, life } = lifeOfRef(request.host);
+        this.#refuseProblem(poolUuid, life.nodeId);
         const runs = await this.#core.decide((d): SlabRun[] => {
           const { answer, repeated } = once(d, 'AllocateSlabs', request, () =>
             allocateSlabs(d, poolUuid, life, request.count),
@@ -141,7 +143,7 @@ export class AgentsApi {
   }
 
   /** Only the node's newest session may join, and only a device that it was seen to have and that is no copy. */
-  #requireSession(request: { node_id: string; pool_uuid: string; session_id: string }): void {
+  #requireSession(request: { node_id: string; pool_uuid: string; session_id: string }): PoolSighting {
     const session = this.#sessions.get(request.node_id);
     if (session === undefined) {
       throw new HoldfastError(
@@ -154,17 +156,26 @@ export class AgentsApi {
         `the join belongs to session ${request.session_id || '(none)'} of ${request.node_id}, which is over`,
       );
     }
-    if (!session.pools.has(request.pool_uuid)) {
+    const seen = session.pools.get(request.pool_uuid);
+    if (seen === undefined) {
       throw new HoldfastError(
         'UNAVAILABLE',
         `Node ${request.node_id} has not reported pool ${request.pool_uuid}, or its device was refused. Wait until ` +
           'Welcome names the pool.',
       );
     }
+    return seen;
+  }
+
+  /** A device that shrank under a host: what is open goes on as far as it can, and nothing more is given to that node. */
+  #refuseProblem(poolUuid: string, nodeId: string): void {
+    const problem = this.#sessions.get(nodeId)?.problems.get(poolUuid);
+    if (problem !== undefined) throw new HoldfastError('FAILED_PRECONDITION', problem);
   }
 
   async #stageVolume(request: StageVolumeRequest__Output, context: CallContext): Promise<Grant> {
     const { poolUuid, life } = lifeOfRef(request.host);
+    this.#refuseProblem(poolUuid, life.nodeId);
     const attempt = (): Promise<Grant> =>
       this.#core.decide((d) => {
         // The answer on record is the epoch. The layers are those of now: slabs that left since are named to nobody.
@@ -214,8 +225,10 @@ export class AgentsApi {
       turn = turn
         .then(async () => {
           if (ended) return;
-          if (session === undefined) session = await this.#hello(message, link);
-          else await this.#message(session, message);
+          if (session === undefined) {
+            session = await this.#hello(message, link);
+            session.settled = () => turn;
+          } else await this.#message(session, message);
         })
         .catch((error: unknown) => {
           log.warn({ node: session?.nodeId, err: error }, 'A session ends with an error');
@@ -351,9 +364,11 @@ export class AgentsApi {
       sightings.map((sighting) => ({ sighting, verdict: seePool(d, session.nodeId, sighting) })),
     );
     session.pools.clear();
+    session.problems.clear();
     for (const { sighting, verdict } of verdicts) {
       if (verdict.type === 'refuse-pool') this.#core.refusals.set(sighting.uuid, verdict.message);
       if (verdict.type === 'refuse-pool' || verdict.type === 'refuse-device') {
+        if (sighting.problem !== '') session.problems.set(sighting.uuid, verdict.message);
         this.#core.logger.error({ node: session.nodeId, pool: sighting.uuid }, verdict.message);
       } else {
         session.pools.set(sighting.uuid, sighting);

@@ -57,6 +57,7 @@ export function acceptedPools(core: Core, session: Session): string[] {
       const pool = tables.pool.get(tx, uuid);
       return (
         pool?.state === 'ACTIVE' &&
+        !pool.removing &&
         pool.claimed?.term === core.service.term &&
         pool.claimed.incarnation === core.service.incarnation &&
         !core.refusals.has(uuid)

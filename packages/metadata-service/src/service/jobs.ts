@@ -26,6 +26,7 @@ const ended = new Set([
   'HF_INVALID_ARGUMENT',
   'HF_NOT_FOUND',
   'HF_UNSUPPORTED',
+  'HF_TOO_SMALL',
   'UNIMPLEMENTED',
 ]);
 

@@ -4,6 +4,7 @@ import type {
   CreateSnapshotGroupRequest__Output,
   CreateSnapshotRequest__Output,
   CreateVolumeRequest__Output,
+  DrainPoolRequest__Output,
   FenceNodeRequest__Output,
   Host,
   Known,
@@ -12,14 +13,16 @@ import type {
   Node,
   Pool,
   PublishVolumeRequest__Output,
+  RemovePoolRequest__Output,
   Snapshot as WireSnapshot,
   SnapshotGroup,
   UnpublishVolumeRequest__Output,
   Volume,
 } from '@holdfast/proto';
 import { once } from '../model/answers.ts';
-import { mayDecide, requirePool, stale } from '../model/decision.ts';
+import { mayDecide, requirePool, stale, type Decision } from '../model/decision.ts';
 import { publishVolume, requireReady, requireVolume, unpublishVolume } from '../model/grants.ts';
+import { growthNote } from '../model/growth.ts';
 import { createGroup, deleteGroup, requireGroup } from '../model/groups.ts';
 import { confirmOff, fenceHost, hostsOfNode } from '../model/hosts.ts';
 import {
@@ -33,6 +36,7 @@ import {
   type VolumeRecord,
 } from '../model/records.ts';
 import { layersOf } from '../model/layers.ts';
+import { beginRemoval, contentsOf, drainPool, undrainPool } from '../model/removal.ts';
 import { slabsOf } from '../model/slabs.ts';
 import {
   beginCut,
@@ -47,15 +51,18 @@ import {
   deleteVolume,
   expandVolume,
   listVolumes,
+  modifyVolume,
   maxVolumeBytes,
   minVolumeBytes,
 } from '../model/volumes.ts';
 import type { Snapshot, Value } from '../store/store.ts';
 import { listChanges } from './changes.ts';
 import type { Core } from './core.ts';
+import { growNow } from './grow.ts';
 import type { Heartbeats } from './heartbeats.ts';
 import { Importer } from './import.ts';
 import type { Operations } from './operations.ts';
+import { removalProgress } from './remove-pool.ts';
 import type { Sessions } from './sessions.ts';
 import { afterWaiting, fenceProgress, isUnconfirmed, refuseUnconfirmed, waitUntil } from './waiting.ts';
 import {
@@ -122,6 +129,18 @@ export class MetadataApi {
         }),
       ),
       ExpandVolume: unary(log, 'ExpandVolume', (request) => this.#expandVolume(request)),
+      ModifyVolume: unary(log, 'ModifyVolume', async (request) => {
+        const { answer } = await this.#core.decide((d) =>
+          once(
+            d,
+            'ModifyVolume',
+            request,
+            () =>
+              describeVolume(d.tx, modifyVolume(d, request.uuid, request.mutable_parameters), true) as Value,
+          ),
+        );
+        return answer as Volume;
+      }),
       PublishVolume: unary(log, 'PublishVolume', (request) => this.#publishVolume(request)),
       UnpublishVolume: unary(log, 'UnpublishVolume', (request, context) =>
         this.#unpublishVolume(request, context),
@@ -173,6 +192,13 @@ export class MetadataApi {
       ListChanges: (stream) => listChanges(this.#core, this.#sessions, stream),
       GetCapacity: unary(log, 'GetCapacity', async (request) => this.#capacity(request.pool_uuids)),
       ListPools: unary(log, 'ListPools', async () => ({ pools: this.#listPools() })),
+      GrowPool: unary(log, 'GrowPool', async ({ pool_uuid: uuid }, context) => {
+        const { added } = await growNow(this.#core, this.#sessions, this.#operations, uuid, context);
+        return { pool: this.#pool(uuid), slabs_added: added.toString() };
+      }),
+      DrainPool: unary(log, 'DrainPool', (request) => this.#drain('DrainPool', request, drainPool)),
+      UndrainPool: unary(log, 'UndrainPool', (request) => this.#drain('UndrainPool', request, undrainPool)),
+      RemovePool: unary(log, 'RemovePool', (request, context) => this.#removePool(request, context)),
       ListNodes: unary(log, 'ListNodes', async (request) => ({ nodes: this.#listNodes(request) })),
       FenceNode: unary(log, 'FenceNode', (request, context) => this.#fenceNode(request, context)),
       ConfirmNodeOff: unary(log, 'ConfirmNodeOff', (request) => this.#confirmNodeOff(request)),
@@ -205,6 +231,7 @@ export class MetadataApi {
           parameters: request.parameters,
           sourceSnapshotUuid: request.source_snapshot_uuid,
           sourceVolumeUuid: request.source_volume_uuid,
+          mutableParameters: request.mutable_parameters,
         });
         if (isNew && volume.state === 'CREATING') {
           const purpose = { snapshotUuid: '', cloneUuid: volume.uuid, groupUuid: '', quiesce: false };
@@ -384,7 +411,7 @@ export class MetadataApi {
       const pools =
         poolUuids.length > 0 ? poolUuids.map((uuid) => tables.pool.get(tx, uuid)) : tables.pool.list(tx);
       return pools
-        .filter((pool) => pool !== undefined && this.#isUsable(pool))
+        .filter((pool) => pool !== undefined && !pool.draining && this.#isUsable(pool))
         .map((pool) => BigInt(pool?.slabsFree ?? 0) * BigInt(pool?.slabSize ?? 0));
     });
     return {
@@ -398,14 +425,56 @@ export class MetadataApi {
     return mayDecide({ service: this.#core.service, refusal: (uuid) => this.#core.refusals.get(uuid) }, pool);
   }
 
-  /** Known pools, and those that were refused before they became known. */
-  #listPools(): Pool[] {
-    const known = this.#core.read((tx) =>
-      tables.pool.list(tx).map((pool) => {
-        const hosts = tables.host.list(tx, [pool.uuid]).map((host) => this.#host(host));
-        return poolToWire(pool, hosts, this.#core.refusals.get(pool.uuid));
+  #describePool(tx: Snapshot, pool: PoolRecord): Pool {
+    const hosts = tables.host.list(tx, [pool.uuid]).map((host) => this.#host(host));
+    const problems = this.#sessions.all().flatMap((session) => session.problems.get(pool.uuid) ?? []);
+    const failure = this.#operations.lastError('grow', pool.uuid);
+    const growth = [growthNote(tx, pool), failure, ...problems].filter((sentence) => sentence !== '');
+    return poolToWire(pool, hosts, {
+      refusal: this.#core.refusals.get(pool.uuid),
+      growth: growth.join(' '),
+      contents: pool.draining ? contentsOf(tx, pool.uuid) : undefined,
+      removal: pool.removing ? removalProgress(this.#core, this.#sessions, pool.uuid) : '',
+    });
+  }
+
+  #pool(uuid: string): Pool {
+    return this.#core.read((tx) => this.#describePool(tx, requirePool({ tx }, uuid)));
+  }
+
+  async #drain(
+    method: string,
+    request: DrainPoolRequest__Output,
+    change: (d: Decision, poolUuid: string, by: string) => void,
+  ): Promise<Pool> {
+    await this.#core.decide((d) =>
+      once(d, method, request, () => {
+        change(d, request.pool_uuid, request.asked_by || 'a person');
+        return null;
       }),
     );
+    return this.#pool(request.pool_uuid);
+  }
+
+  async #removePool(request: RemovePoolRequest__Output, context: CallContext): Promise<object> {
+    const uuid = request.pool_uuid;
+    await this.#core.decide((d) =>
+      once(d, 'RemovePool', request, () => {
+        beginRemoval(d, uuid, request.asked_by || 'a person', request.forget_kept_layers);
+        return null;
+      }),
+    );
+    return await waitUntil(
+      this.#core,
+      context,
+      () => (this.#core.read((tx) => tables.pool.get(tx, uuid)) === undefined ? {} : undefined),
+      () => `the pool is being removed: ${removalProgress(this.#core, this.#sessions, uuid)}`,
+    );
+  }
+
+  /** Known pools, and those that were refused before they became known. */
+  #listPools(): Pool[] {
+    const known = this.#core.read((tx) => tables.pool.list(tx).map((pool) => this.#describePool(tx, pool)));
     const names = new Set(known.map((pool) => pool.uuid));
     const refused = [...this.#core.refusals]
       .filter(([uuid]) => !names.has(uuid))

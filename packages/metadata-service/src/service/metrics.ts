@@ -13,6 +13,8 @@ const hostStates: readonly HostState[] = ['JOINING', 'LIVE', 'FENCING', 'CUTTING
 
 const operationKinds = [
   'claim',
+  'grow',
+  'remove-pool',
   'fence',
   'revoke',
   'scan',

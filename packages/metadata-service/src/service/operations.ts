@@ -7,6 +7,7 @@
 import type { CompactionPolicy } from '../model/compaction.ts';
 import { tables } from '../model/records.ts';
 import { reclaimable, type ReclaimWork } from '../model/reclaim.ts';
+import { growthDue } from '../model/growth.ts';
 import { noteUsage, thresholdOf } from '../model/usage.ts';
 import { claimPool } from './claim.ts';
 import { compact, type CompactionRun } from './compact.ts';
@@ -15,7 +16,9 @@ import type { Core } from './core.ts';
 import { cutVolume } from './cut.ts';
 import { FenceOperation } from './fence.ts';
 import { cutGroup } from './group.ts';
+import { growPoolOnDisk } from './grow.ts';
 import { forgetLayer, releaseSlabs, removeLayers, strip, wipeLayer } from './reclaim.ts';
+import { removePool } from './remove-pool.ts';
 import { revoke } from './revoke.ts';
 import type { Sessions } from './sessions.ts';
 import { scanOrphans } from './scan.ts';
@@ -94,7 +97,7 @@ export class Operations {
   }
 
   /** Why an operation is being tried again; empty: it is at its first try. */
-  lastError(kind: 'cut' | 'group', uuid: string): string {
+  lastError(kind: 'cut' | 'group' | 'grow' | 'remove-pool', uuid: string): string {
     return this.#lastError.get(`${kind} ${uuid}`) ?? '';
   }
 
@@ -180,6 +183,12 @@ export class Operations {
         const warning = await core.decide((d) => noteUsage(d, pool.uuid));
         if (warning !== undefined) core.logger.warn({ pool: pool.uuid }, warning);
       });
+    }
+    for (const pool of pools) {
+      if (pool.removing)
+        this.#ensure(`remove-pool ${pool.uuid}`, () => removePool(core, sessions, pool.uuid));
+      if (pool.growingBytes === undefined && core.read((tx) => growthDue(tx, pool)) === undefined) continue;
+      this.#ensure(`grow ${pool.uuid}`, () => growPoolOnDisk(core, sessions, pool.uuid));
     }
     for (const { poolUuid, life } of found.orphans) {
       this.#ensure(`scan ${poolUuid}/${life.hostId}/${life.generation}`, () =>

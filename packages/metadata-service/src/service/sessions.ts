@@ -39,7 +39,11 @@ export class Session {
   lastFailureMs = 0;
   /** What it reported, without the devices that were refused. */
   readonly pools = new Map<string, PoolSighting>();
+  /** Of pools that it is a host on, why their devices can not be used as they are now. */
+  readonly problems = new Map<string, string>();
   readonly pending = new Map<string, Pending>();
+  /** Resolves when every message that has come so far was dealt with. */
+  settled: () => Promise<void> = () => Promise.resolve();
   #acceptedSent = '';
   #welcomed = false;
 

@@ -7,8 +7,8 @@ import type { Operations } from './operations.ts';
 
 /** Longest wait of a call that has no deadline of its own. */
 const maxWaitMs = 120_000;
-/** The client gets a sentence instead of its own timeout when we answer this much earlier. */
-const answerEarlierMs = 150;
+/** The client gets a sentence instead of its own timeout when we answer a tenth of the time earlier: at least, and at most, this. */
+const answerEarlierMs = { least: 150, most: 2000 };
 
 /**
  * @param done looks at the store; undefined: not yet. May throw what cannot get better.
@@ -21,7 +21,9 @@ export async function waitUntil<T>(
   done: () => T | undefined,
   why: () => string,
 ): Promise<T> {
-  const budget = Math.min(maxWaitMs, Math.max(0, (context.timeLeftMs() ?? Infinity) - answerEarlierMs));
+  const timeLeftMs = context.timeLeftMs() ?? Infinity;
+  const earlierMs = Math.min(Math.max(timeLeftMs / 10, answerEarlierMs.least), answerEarlierMs.most);
+  const budget = Math.min(maxWaitMs, Math.max(0, timeLeftMs - earlierMs));
   const until = core.clock.monotonicMs() + budget;
   for (;;) {
     const result = done();

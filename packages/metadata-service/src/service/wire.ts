@@ -20,6 +20,7 @@ import type {
 import type { Claim } from '../model/allocation.ts';
 import { machineWasOff } from '../model/host.ts';
 import type { PoolSighting } from '../model/pools.ts';
+import type { PoolContents } from '../model/removal.ts';
 import type {
   AccessMode,
   AuditEntry,
@@ -130,6 +131,9 @@ export function sightingFromWire(seen: PoolSeen__Output): PoolSighting {
     renewIntervalMs: seen.renew_interval_ms,
     leaseMs: seen.lease_ms,
     drainMs: seen.drain_ms,
+    deviceBytes: BigInt(seen.device_bytes),
+    slabsPossible: slabNumber(seen.slabs_possible),
+    problem: seen.problem,
     authority: {
       storeId: authority?.store_id ?? '',
       incarnation: BigInt(authority?.incarnation ?? 0),
@@ -170,7 +174,19 @@ export function hostToWire(host: HostRecord, standing: HostStanding): Host {
   };
 }
 
-export function poolToWire(pool: PoolRecord, hosts: Host[], refusal: string | undefined): Pool {
+/** What is known of a pool besides its record. */
+export interface PoolStanding {
+  refusal: string | undefined;
+  /** What its growth waits for. */
+  growth: string;
+  /** Of one that is draining or being removed. */
+  contents: PoolContents | undefined;
+  /** What its removal waits for. */
+  removal: string;
+}
+
+export function poolToWire(pool: PoolRecord, hosts: Host[], standing: PoolStanding): Pool {
+  const { refusal, contents } = standing;
   return {
     uuid: pool.uuid,
     name: pool.name,
@@ -188,8 +204,23 @@ export function poolToWire(pool: PoolRecord, hosts: Host[], refusal: string | un
     incarnation: (pool.claimed?.incarnation ?? 0n).toString(),
     hosts,
     provisioned_bytes: pool.provisionedBytes.toString(),
-    state: refusal === undefined ? pool.state : 'REFUSED',
-    message: refusal ?? '',
+    state: refusal !== undefined ? 'REFUSED' : pool.removing ? 'REMOVING' : pool.state,
+    message: refusal ?? standing.removal,
+    draining: pool.draining ?? false,
+    growth: standing.growth,
+    contents:
+      contents === undefined
+        ? null
+        : {
+            volumes: contents.volumes.toString(),
+            volumes_deleting: contents.deleting.toString(),
+            snapshots: contents.snapshots.toString(),
+            layers: contents.layers.toString(),
+            kept_layers: contents.keptLayers.toString(),
+            grants: contents.grants.toString(),
+            volume_names: contents.volumeNames,
+            snapshot_names: contents.snapshotNames,
+          },
   };
 }
 
@@ -243,6 +274,7 @@ export function volumeToWire(
     own_bytes: (usage?.ownBytes ?? 0n).toString(),
     shared_bytes: (usage?.sharedBytes ?? 0n).toString(),
     reclaimable_bytes: (usage?.reclaimableBytes ?? 0n).toString(),
+    mutable_parameters: volume.mutableParameters ?? {},
     readers: volume.readers.map((reader) => ({
       node_id: reader.holder?.nodeId ?? '',
       epoch: reader.epoch.toString(),

@@ -124,6 +124,8 @@ export class SqliteStore implements Store {
         try {
           item.run();
         } catch (error) {
+          // SQLite has taken back the whole transaction already: what the disk said, not that there is no savepoint any more.
+          if (!database.inTransaction) throw error;
           database.exec('ROLLBACK TO item');
           database.exec('RELEASE item');
           item.fail(error);
@@ -198,6 +200,9 @@ function open(path: string): Database.Database {
     const version = refuseNewer(database, path);
     set(database, 'journal_mode', 'WAL', 'wal');
     set(database, 'synchronous', 'FULL', 2n);
+    // What a savepoint may have to take back is kept in memory: in a container there may be no directory for temporary files, and
+    // then every larger change failed.
+    database.pragma('temp_store = MEMORY');
     migrate(database, version);
     const damage = database.pragma('quick_check(1)', { simple: true });
     if (damage !== 'ok') {

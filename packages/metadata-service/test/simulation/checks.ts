@@ -156,6 +156,19 @@ export class Checks {
     }
   }
 
+  /** What a strip takes away answers for nobody: who can go on has the block elsewhere, and knows it. */
+  checkStripped(slab: number, page: Page, blocks: readonly number[]): void {
+    for (const { engine, volume } of this.#holders()) {
+      if (!this.#canStillWrite(engine, volume)) continue;
+      const missing = blocks.filter((block) => volume.map.get(block) === slab);
+      if (missing.length === 0) continue;
+      this.#world.violated(
+        `blocks ${missing.join(', ')} of layer ${page.layerId} are stripped from slab ${slab}, where ${engine.node.nodeId} generation ` +
+          `${engine.generation} reads them for ${volume.uuid} under ${volume.epoch}`,
+      );
+    }
+  }
+
   /** Invariant 4: a snapshot shows what it showed when it was cut, by the slabs on record. */
   checkSnapshots(): void {
     const { disk, frozen } = this.#world;

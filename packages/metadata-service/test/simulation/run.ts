@@ -5,7 +5,8 @@ import { Checks } from './checks.ts';
 import { poolUuid, World, type SimClass, type SimNode } from './world.ts';
 
 const stormMs = 8 * 60_000;
-const quietMs = 6 * 60_000;
+/** Orders that a frozen agent swallowed as the storm ended are waited for 300 s. What they kept from going on must have ended too. */
+const quietMs = 8 * 60_000;
 /** Nothing changes any more for as long as this. What failed before may be tried once more. */
 const stillMs = 60_000;
 const volumes = 5;
@@ -36,6 +37,7 @@ export async function simulate(seed: number, fencing: SimClass): Promise<Outcome
   const checks = new Checks(world);
   world.checkWrite = (engine, volume) => checks.checkWrite(engine, volume);
   world.checkWiped = (slab, page) => checks.checkWiped(slab, page);
+  world.checkStripped = (slab, page, blocks) => checks.checkStripped(slab, page, blocks);
   await world.startService();
   for (const node of world.nodes) node.start();
   const faults = new Faults(world);

@@ -48,6 +48,9 @@ export const drainMs = 1000;
 export const slabCount = 640;
 export const stripIntervalMs = 5000;
 export const compactIntervalMs = 5000;
+/** For so long the same few blocks of volumes are written. */
+const hotMs = 20_000;
+const hotBlocks = 3;
 export const poolUuid = '00000000-0000-4000-8000-00000000000a';
 
 type SessionHandler = (stream: ServerDuplexStream<AgentMessage__Output, ServiceMessage>) => void;
@@ -111,6 +114,8 @@ export class World {
   checkWrite: (engine: Engine, volume: OpenVolume) => void = () => undefined;
   /** Told of every slab that is wiped. */
   checkWiped: (slab: number, page: Page) => void = () => undefined;
+  /** Told of blocks that a strip took out of the page of a slab. */
+  checkStripped: (slab: number, page: Page, blocks: readonly number[]) => void = () => undefined;
   versions = 0;
   /** What is in each volume, by the writes that landed; and in each layer when it froze. */
   readonly contents = new Map<string, Map<number, number>>();
@@ -433,6 +438,9 @@ export class SimNode {
             renew_interval_ms: renewMs,
             lease_ms: leaseMs,
             drain_ms: drainMs,
+            device_bytes: '0',
+            slabs_possible: '0',
+            problem: '',
             authority: { ...this.world.disk.authority },
           },
         ],
@@ -717,7 +725,7 @@ export class SimNode {
       (one) => one.open && one.hasDevice && !one.readOnly && !one.held,
     );
     const volume = world.rng.pick(writable);
-    const block = world.rng.below(blocksPerVolume);
+    const block = this.#blockToWrite();
     if (volume === undefined || volume.busy.has(block)) return;
     const slab = this.#place(engine, volume, block);
     if (slab === undefined) return;
@@ -753,6 +761,13 @@ export class SimNode {
       volume.busy.delete(block);
       volume.inFlight -= 1;
     });
+  }
+
+  /** Nearly always one of a few that change with time: what was written before shows through layers, until it is moved. */
+  #blockToWrite(): number {
+    const { rng, clock } = this.world;
+    const first = (Math.floor(clock.monotonicMs() / hotMs) * hotBlocks) % blocksPerVolume;
+    return rng.chance(0.97) ? (first + rng.below(hotBlocks)) % blocksPerVolume : rng.below(blocksPerVolume);
   }
 
   /** Where the writable layer has the block, or can take it. */
@@ -1357,6 +1372,7 @@ export class SimNode {
           for (const block of gone) page.blocks.delete(block);
           cleared += gone.length;
           this.world.stripped += gone.length;
+          this.world.checkStripped(slab, page, gone);
         });
         if (page.blocks.size === 0) {
           emptied.push({ first: String(slab), count: 1, generation: page.generation.toString() });
