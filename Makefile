@@ -2,7 +2,7 @@
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 export PATH := $(CURDIR)/.cache/pnpm/node_modules/.bin:$(CURDIR)/.cache/bin:$(PATH)
-.PHONY: help setup native build demo test lint format bench sanitize crash faults tidy clean images manifests e2e-tools e2e kind-up kind-down
+.PHONY: help setup native build demo test lint format bench sanitize crash faults tidy clean images manifests e2e-tools e2e conformance kind-up kind-down
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 12
@@ -53,6 +53,10 @@ e2e-tools: ## Kubernetes, the CSI sidecars and Helm into ~/.cache/holdfast-e2e (
 
 e2e: build e2e-tools ## A three-node Kubernetes on this machine: chart, volumes, snapshots, moves
 	@node test/e2e/run.mjs
+
+conformance: build e2e-tools ## Kubernetes' own storage specs on that cluster (tools: another half an hour, once; the specs: an hour or two)
+	@tools/conformance-tools.sh
+	@node test/e2e/run.mjs --lab conformance/lab.mjs --minutes 150
 
 kind-up: build ## A three-node kind cluster over a shared loop disk, with Holdfast and a sample (docker, kind, helm)
 	@deploy/kind/up.sh

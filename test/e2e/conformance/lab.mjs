@@ -1,15 +1,15 @@
 // The first process inside the lab of `make conformance`: the cluster and the chart of the end-to-end tests, then Kubernetes' own storage
 // specs against them. run.mjs of the end-to-end tests is the watchdog of this too.
 import { execFileSync } from 'node:child_process';
-import { copyFileSync, mkdirSync, readFileSync, renameSync, writeFileSync } from 'node:fs';
+import { mkdirSync, readFileSync, renameSync, writeFileSync } from 'node:fs';
 import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { Cluster } from '../lib/cluster.mjs';
 import { Holdfast } from '../lib/holdfast.mjs';
 import { start } from '../lib/shell.mjs';
-import { cache, tool } from '../lib/tools.mjs';
+import { tool } from '../lib/tools.mjs';
 import { buildConformanceImages } from './images.mjs';
-import { summaryOf } from './summary.mjs';
+import { inWords, summaryOf } from './summary.mjs';
 
 const here = dirname(fileURLToPath(import.meta.url));
 const { directory, device, images, report, only } = JSON.parse(process.argv[2]);
@@ -57,14 +57,16 @@ try {
   const driver = await driverFile(cluster);
   const reports = await Promise.all((only === '' ? parts : [only]).map((part, index) => runPart(part, index, driver)));
   const summary = summaryOf(reports);
-  console.log(summary.text);
-  const kept = join(cache, 'conformance');
-  mkdirSync(kept, { recursive: true });
-  for (const file of reports) copyFileSync(file, join(kept, file.split('/').pop()));
+  console.log(inWords(summary));
+  if (only === '') {
+    const { gitVersion } = JSON.parse(await cluster.kubectl(['version', '-o', 'json'])).serverVersion;
+    const about = { date: new Date().toISOString().slice(0, 10), kubernetes: gitVersion, left_out: leftOut };
+    writeFileSync(join(here, '../results/conformance.json'), `${JSON.stringify({ ...about, ...summary }, null, 2)}\n`);
+  }
   save({ passed: summary.passed, failed: summary.failed, unfinished: false });
 } catch (error) {
   console.error(error.message);
-  await holdfast.explain().catch(() => undefined);
+  console.log(await holdfast.explain().catch((reason) => reason.message));
   save({ passed: 0, failed: 1, unfinished: false });
 }
 cluster.down();
