@@ -4,15 +4,24 @@ import { existsSync, mkdirSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import * as grpc from '@grpc/grpc-js';
 import { call } from '../packages/common/dist/index.js';
+import { closing } from './closing.mjs';
 import { csi, holdfast } from '../packages/proto/dist/index.js';
 
 const insecure = grpc.credentials.createInsecure();
 
-export async function startCluster(directory, { nodes = 1, size }) {
+/** With `reclaimSeconds`, what deleted snapshots leave behind is looked at that often instead of every half minute. */
+export async function startCluster(directory, { nodes = 1, size, reclaimSeconds }) {
   mkdirSync(directory, { recursive: true });
   const cli = new URL('../packages/cli/dist/main.js', import.meta.url).pathname;
-  const child = spawn(process.execPath, [cli, 'dev', 'up', '--dir', directory, '--nodes', String(nodes), '--size', size], {
+  const reclaim = reclaimSeconds === undefined ? [] : ['--reclaim-interval', String(reclaimSeconds)];
+  const child = spawn(process.execPath, [cli, 'dev', 'up', '--dir', directory, '--nodes', String(nodes), '--size', size, ...reclaim], {
     stdio: ['ignore', 'pipe', 'inherit'],
+    detached: true, // an interrupt from the terminal is for the bench, which then stops it
+  });
+  const ended = new Promise((r) => child.once('exit', r));
+  const close = closing(async () => {
+    child.kill('SIGTERM');
+    await ended;
   });
   let output = '';
   await new Promise((resolve, reject) => {
@@ -42,12 +51,7 @@ export async function startCluster(directory, { nodes = 1, size }) {
     metadata,
     controller,
     node,
-    async close() {
-      child.removeAllListeners('exit');
-      const ended = new Promise((r) => child.once('exit', r));
-      child.kill('SIGTERM');
-      await ended;
-    },
+    close,
   };
 }
 

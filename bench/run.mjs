@@ -6,6 +6,7 @@ import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { call } from '../packages/common/dist/index.js';
 import { attach, destroy, openVolumeInfo, stage, startCluster, unstage } from './cluster.mjs';
+import { closing, untilInterrupted } from './closing.mjs';
 import { fio, median, percentile, workloads } from './fio.mjs';
 import { snapshotSection } from './snapshots.mjs';
 import { haveQsd, loopDisk, qsdVolume, sh } from './targets.mjs';
@@ -22,7 +23,7 @@ const seconds = quick ? 2 : 4;
 const GiB = 2 ** 30;
 const volumeBytes = (quick ? 1 : 4) * GiB;
 const directory = mkdtempSync(join(process.env.BENCH_DIR ?? tmpdir(), 'holdfast-bench-'));
-const closers = [];
+closing(() => rmSync(directory, { recursive: true, force: true }));
 const fmt = (n, digits = 0) => n.toLocaleString('en-US', { maximumFractionDigits: digits, minimumFractionDigits: digits });
 
 function table(headers, rows) {
@@ -33,20 +34,18 @@ function table(headers, rows) {
 
 async function fioSection(cluster) {
   const raw = loopDisk(join(directory, 'raw.disk'), volumeBytes);
-  closers.push(raw.close);
   const qsdVersion = haveQsd();
   const qsd = qsdVersion === undefined ? undefined : await qsdVolume(join(directory, 'qsd'), volumeBytes);
-  if (qsd) closers.push(qsd.close);
   const volume = await attach(cluster, 1, directory, 'bench-written', volumeBytes);
-  const targets = [['raw', raw.device], ['holdfast', volume.device], ...(qsd ? [['qsd', qsd.device]] : [])];
+  const targets = [['raw', raw], ['holdfast', volume.device], ...(qsd ? [['qsd', qsd]] : [])];
   console.log(`Filling ${targets.map(([n]) => n).join(', ')} (${volumeBytes / GiB} GiB each)…`);
-  for (const [, device] of targets) fio(device, { rw: 'write', bs: '1m', iodepth: 8 }, { seconds: 0, bytes: volumeBytes });
+  for (const [, device] of targets) await fio(device, { rw: 'write', bs: '1m', iodepth: 8 }, { seconds: 0, bytes: volumeBytes });
 
   const results = [];
   for (const [name, workload] of Object.entries(workloads)) {
     const runs = Object.fromEntries(targets.map(([n]) => [n, []]));
     for (let round = 0; round < rounds; round++) {
-      for (const [target, device] of targets) runs[target].push(fio(device, workload, { seconds, bytes: volumeBytes }));
+      for (const [target, device] of targets) runs[target].push(await fio(device, workload, { seconds, bytes: volumeBytes }));
     }
     const row = { workload: name };
     for (const [target] of targets) {
@@ -107,8 +106,8 @@ async function firstWrites(cluster, bytes, cases, times) {
       // The same number of 4 KiB writes in both: an eighth of the blocks, in random order, each once.
       // Both end with a flush: without it, what is still in the disk's own cache would count as written.
       const extra = ['--end_fsync=1', ...(name === 'random-4k' ? ['--norandommap=0', '--io_size=' + String(bytes / 8), '--randseed=7', '--allrandrepeat=1'] : [])];
-      first.push(fio(volume.device, workload, { seconds: 0, bytes, extra }));
-      again.push(fio(volume.device, workload, { seconds: 0, bytes, extra }));
+      first.push(await fio(volume.device, workload, { seconds: 0, bytes, extra }));
+      again.push(await fio(volume.device, workload, { seconds: 0, bytes, extra }));
       await unstage(cluster, volume);
     }
     const row = { workload: name, first: { iops: median(first.map((r) => r.iops)) }, rewrite: { iops: median(again.map((r) => r.iops)) } };
@@ -185,7 +184,7 @@ async function memorySection(cluster) {
   await unstage(cluster, empty);
   for (const [name, bytes, workload, extra] of cases) {
     const volume = await attach(cluster, 1, directory, `bench-memory-${name}`, bytes);
-    fio(volume.device, workload, { seconds: 0, bytes, extra });
+    await fio(volume.device, workload, { seconds: 0, bytes, extra });
     await unstage(cluster, volume);
     // Beside an empty one, in turn: most of a stage is the service's and the kernel's, and varies more than what is measured.
     const differences = [];
@@ -240,7 +239,7 @@ async function smallSection(cluster) {
   const volumes = [];
   for (let i = 0; i < count; i++) {
     const volume = await attach(cluster, 1, directory, `bench-small-${i}`, GiB);
-    fio(volume.device, { rw: 'write', bs: '1m', iodepth: 4 }, { seconds: 0, bytes: 8 << 20 });
+    await fio(volume.device, { rw: 'write', bs: '1m', iodepth: 4 }, { seconds: 0, bytes: 8 << 20 });
     await unstage(cluster, volume);
     volumes.push(volume);
   }
@@ -259,7 +258,7 @@ const machine = {
   fio: sh('fio', '--version'),
 };
 const report = { date: new Date().toISOString().slice(0, 10), machine, settings: { rounds, seconds, volume_gib: volumeBytes / GiB, quick } };
-try {
+async function all() {
   console.log('Starting a one-node Holdfast on a sparse loop disk…');
   // What stands before the data is written beforehand: page by page, the file system below would scatter it over the disk, and
   // reading pages in runs would be as slow as reading them one by one.
@@ -268,7 +267,6 @@ try {
   sh('dd', 'if=/dev/zero', `of=${image}`, 'bs=4M', 'count=128', 'oflag=direct', 'conv=fsync', 'status=none');
   truncateSync(image, 200 * GiB);
   const cluster = await startCluster(dirname(image), { nodes: 1, size: '200G' });
-  closers.push(() => cluster.close());
   if (wants('fio')) {
     const { rows, qsdVersion } = await fioSection(cluster);
     report.fio = rows;
@@ -289,6 +287,8 @@ try {
       [`reads through ${r.layers.layers} layers, of one layer`, fmt(r.layers.ratio, 2)],
     ]);
     table(['clone of 100 GiB', 'ms'], [['CreateVolume', fmt(r.clone.create_ms)], ['DeleteVolume', fmt(r.clone.delete_ms)], ['space back', fmt(r.clone.space_back_s * 1000)]]);
+    table(['p99 beside merging and compaction', 'alone us', 'beside us', 'ratio'],
+      ['read', 'write'].map((k) => [`${k} 4k`, fmt(r.beside[k].alone_us), fmt(r.beside[k].busy_us), fmt(r.beside[k].ratio, 2)]));
   }
   const out = join(dirname(fileURLToPath(import.meta.url)), 'results', 'latest.json');
   mkdirSync(dirname(out), { recursive: true });
@@ -305,13 +305,11 @@ try {
   const machine = { ...previous.machine, ...report.machine };
   writeFileSync(out, `${JSON.stringify({ ...previous, ...report, machine, settings }, null, 2)}\n`);
   console.log(`Written to bench/results/latest.json`);
-} finally {
-  for (const close of closers.reverse()) {
-    try {
-      await close();
-    } catch (error) {
-      console.error(`clean-up: ${error instanceof Error ? error.message : error}`);
-    }
-  }
-  rmSync(directory, { recursive: true, force: true });
+}
+
+try {
+  await untilInterrupted(all);
+} catch (error) {
+  console.error(`bench: ${error instanceof Error ? error.message : error}`);
+  process.exit(1); // the body may still wait for what is gone
 }

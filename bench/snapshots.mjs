@@ -1,10 +1,11 @@
 // Snapshots and clones: how long writes are held, what the first writes and the reads afterwards cost, how long a clone and its
 // deletion take, and when the space is back.
-import { readFileSync } from 'node:fs';
+import { readFileSync, rmSync } from 'node:fs';
 import { spawn } from 'node:child_process';
 import { join } from 'node:path';
 import { call } from '../packages/common/dist/index.js';
-import { attach, destroy, stage, unstage } from './cluster.mjs';
+import { attach, destroy, stage, startCluster, unstage } from './cluster.mjs';
+import { closing } from './closing.mjs';
 import { fio, median, percentile } from './fio.mjs';
 
 const GiB = 2 ** 30;
@@ -49,10 +50,10 @@ function writeAlong(device, bytes) {
     { stdio: 'ignore' },
   );
   const ended = new Promise((r) => child.once('exit', r));
-  return async () => {
+  return closing(async () => {
     child.kill('SIGTERM');
     await ended;
-  };
+  });
 }
 
 async function held(cluster, directory, name, bytes, count) {
@@ -79,17 +80,17 @@ async function held(cluster, directory, name, bytes, count) {
 async function after(cluster, directory, rounds) {
   const bytes = GiB;
   const volume = await attach(cluster, 1, directory, 'bench-after', bytes);
-  fio(volume.device, { rw: 'write', bs: '1m', iodepth: 8 }, { seconds: 0, bytes });
-  const writes = (seed) =>
-    fio(volume.device, { rw: 'randwrite', bs: '4k', iodepth: 32 },
-      { seconds: 0, bytes, extra: ['--norandommap=0', `--io_size=${bytes / 8}`, `--randseed=${seed}`, '--allrandrepeat=1'] }).iops;
+  await fio(volume.device, { rw: 'write', bs: '1m', iodepth: 8 }, { seconds: 0, bytes });
+  const writes = async (seed) =>
+    (await fio(volume.device, { rw: 'randwrite', bs: '4k', iodepth: 32 },
+      { seconds: 0, bytes, extra: ['--norandommap=0', `--io_size=${bytes / 8}`, `--randseed=${seed}`, '--allrandrepeat=1'] })).iops;
   const result = { before: [], first: [], again: [] };
   const ids = [];
   for (let i = 0; i < rounds; i++) {
-    result.before.push(writes(i));
+    result.before.push(await writes(i));
     ids.push(await snapshot(cluster, volume, `after-${i}`));
-    result.first.push(writes(i));
-    result.again.push(writes(i));
+    result.first.push(await writes(i));
+    result.again.push(await writes(i));
   }
   await unstage(cluster, volume);
   await deleteSnapshots(cluster, ids);
@@ -104,17 +105,17 @@ async function layers(cluster, directory, count, rounds, seconds) {
   const bytes = GiB;
   const flat = await attach(cluster, 1, directory, 'bench-flat', bytes);
   const deep = await attach(cluster, 1, directory, 'bench-deep', bytes);
-  for (const { device } of [flat, deep]) fio(device, { rw: 'write', bs: '1m', iodepth: 8 }, { seconds: 0, bytes });
+  for (const { device } of [flat, deep]) await fio(device, { rw: 'write', bs: '1m', iodepth: 8 }, { seconds: 0, bytes });
   const ids = [];
   for (let i = 1; i < count; i++) {
     ids.push(await snapshot(cluster, deep, `deep-${i}`));
-    fio(deep.device, { rw: 'randwrite', bs: '4k', iodepth: 32 }, { seconds: 0, bytes, extra: ['--norandommap=0', `--io_size=${bytes / 64}`, `--randseed=${i}`] });
+    await fio(deep.device, { rw: 'randwrite', bs: '4k', iodepth: 32 }, { seconds: 0, bytes, extra: ['--norandommap=0', `--io_size=${bytes / 64}`, `--randseed=${i}`] });
   }
   const one = [];
   const many = [];
   for (let i = 0; i < rounds; i++) {
-    one.push(fio(flat.device, { rw: 'randread', bs: '4k', iodepth: 32 }, { seconds, bytes }).iops);
-    many.push(fio(deep.device, { rw: 'randread', bs: '4k', iodepth: 32 }, { seconds, bytes }).iops);
+    one.push((await fio(flat.device, { rw: 'randread', bs: '4k', iodepth: 32 }, { seconds, bytes })).iops);
+    many.push((await fio(deep.device, { rw: 'randread', bs: '4k', iodepth: 32 }, { seconds, bytes })).iops);
   }
   for (const volume of [flat, deep]) await unstage(cluster, volume);
   await deleteSnapshots(cluster, ids);
@@ -132,7 +133,7 @@ async function clones(cluster, directory, rounds) {
   const bytes = 100 * GiB;
   const source = await attach(cluster, 1, directory, 'bench-source', bytes);
   // A chunk in each 1 MiB: every part of the 100 GiB is written, 6.25 GiB in all.
-  fio(source.device, { rw: 'write:960k', bs: '64k', iodepth: 32 }, { seconds: 0, bytes, extra: [`--io_size=${bytes / 16}`] });
+  await fio(source.device, { rw: 'write:960k', bs: '64k', iodepth: 32 }, { seconds: 0, bytes, extra: [`--io_size=${bytes / 16}`] });
   const create = [];
   const remove = [];
   const back = [];
@@ -148,7 +149,7 @@ async function clones(cluster, directory, rounds) {
       clone = { id: volume.volume_id, context: volume.volume_context, name: `bench-clone-${i}` };
     }));
     await stage(cluster, clone, 1, directory);
-    fio(clone.device, { rw: 'randwrite', bs: '64k', iodepth: 8 }, { seconds: 0, bytes, extra: [`--io_size=${GiB / 4}`] });
+    await fio(clone.device, { rw: 'randwrite', bs: '64k', iodepth: 8 }, { seconds: 0, bytes, extra: [`--io_size=${GiB / 4}`] });
     await unstage(cluster, clone);
     remove.push(await timed(() => destroy(cluster, clone)));
     back.push(await timed(async () => {
@@ -160,6 +161,73 @@ async function clones(cluster, directory, rounds) {
   return { source_gib: 100, create_ms: median(create), delete_ms: median(remove), space_back_s: Math.max(...back) / 1000 };
 }
 
+/** Strips, compactions and merges on record after audit record `after`, and the newest record's number. */
+async function reclaimSteps({ metadata }, after) {
+  let steps = 0;
+  for (;;) {
+    const { records } = await call(metadata, metadata.ListAudit, { after_sequence: after, max_entries: 1000 });
+    if (records.length === 0) return { steps, after };
+    steps += records.filter(({ event }) => ['strip', 'compact', 'merge', 'unchained'].includes(event)).length;
+    after = records.at(-1).sequence;
+  }
+}
+
+/**
+ * What reads and writes at a steady rate take at p99 while deleted snapshots are merged and compacted, against the same volume
+ * just before they were deleted. The writes go to what was written since the last snapshot: first writes into a
+ * new layer cost more by themselves.
+ */
+async function beside(directory, rounds, seconds) {
+  const home = join(directory, 'beside');
+  const cluster = await startCluster(home, { nodes: 1, size: '64G', reclaimSeconds: 1 });
+  try {
+    const bytes = 2 * GiB;
+    const own = bytes / 16;
+    const volume = await attach(cluster, 1, directory, 'bench-beside', bytes);
+    await fio(volume.device, { rw: 'write', bs: '1m', iodepth: 8 }, { seconds: 0, bytes });
+    const steady = () => fio(volume.device, { rw: 'randrw', bs: '4k', iodepth: 4 }, { seconds, bytes: own, extra: ['--rate_iops=1000,1000'] });
+    const windows = [];
+    let after = '0';
+    for (let round = 0; round < rounds; round++) {
+      const ids = [];
+      for (let i = 0; i < 8; i++) {
+        ids.push(await snapshot(cluster, volume, `beside-${round}-${i}`));
+        await fio(volume.device, { rw: 'randwrite', bs: '4k', iodepth: 32 },
+          { seconds: 0, bytes, extra: ['--norandommap=0', `--io_size=${bytes / 32}`, `--randseed=${round * 8 + i}`] });
+      }
+      await fio(volume.device, { rw: 'write', bs: '1m', iodepth: 8 }, { seconds: 0, bytes: own });
+      const alone = await steady();
+      await deleteSnapshots(cluster, ids);
+      ({ after } = await reclaimSteps(cluster, after));
+      await new Promise((r) => setTimeout(r, 2000));
+      const busy = await steady();
+      const during = await reclaimSteps(cluster, after);
+      if (during.steps === 0) throw new Error('nothing was merged or compacted while it was to be measured');
+      // Until nothing is left to do for ten seconds.
+      let rest = 0;
+      ({ after } = during);
+      for (let still = 0; still < 10; still++) {
+        await new Promise((r) => setTimeout(r, 1000));
+        const more = await reclaimSteps(cluster, after);
+        ({ after } = more);
+        rest += more.steps;
+        if (more.steps > 0) still = -1;
+      }
+      windows.push({ alone, busy, steps: during.steps, rest });
+    }
+    await unstage(cluster, volume);
+    await destroy(cluster, volume);
+    const side = (name) => ({
+      alone_us: median(windows.map((w) => w.alone[name])), busy_us: median(windows.map((w) => w.busy[name])),
+      ratio: median(windows.map((w) => w.busy[name] / w.alone[name])),
+    });
+    return { rounds, seconds, read: side('read_p99_us'), write: side('write_p99_us'), steps: windows.map((w) => w.steps), steps_after: windows.map((w) => w.rest) };
+  } finally {
+    await cluster.close();
+    rmSync(home, { recursive: true, force: true });
+  }
+}
+
 export async function snapshotSection(cluster, directory, { quick, rounds, seconds }) {
   const report = { held: [] };
   report.held.push(await held(cluster, directory, '1 GiB', GiB, quick ? 20 : 500));
@@ -167,5 +235,6 @@ export async function snapshotSection(cluster, directory, { quick, rounds, secon
   report.after = await after(cluster, directory, Math.max(3, rounds));
   report.layers = await layers(cluster, directory, 50, Math.max(3, rounds), seconds);
   report.clone = await clones(cluster, directory, 3);
+  report.beside = await beside(directory, Math.max(3, rounds), quick ? 4 : 10);
   return report;
 }

@@ -1,17 +1,19 @@
 // The devices that are measured side by side: the raw loop disk, a Holdfast volume on such a disk, and
 // qemu-storage-daemon (qcow2, FUSE export, loop on top) on such a disk.
 import { execFileSync, spawn } from 'node:child_process';
-import { closeSync, existsSync, mkdirSync, openSync, truncateSync } from 'node:fs';
+import { closeSync, mkdirSync, openSync, truncateSync } from 'node:fs';
 import { join } from 'node:path';
+import { closing } from './closing.mjs';
 
 export const sh = (command, ...args) => execFileSync(command, args, { encoding: 'utf8', stdio: ['ignore', 'pipe', 'pipe'] }).trim();
 
-/** A loop device with direct I/O over a new sparse file. */
+/** A loop device with direct I/O over a new sparse file, until the bench ends. */
 export function loopDisk(path, bytes) {
   closeSync(openSync(path, 'w'));
   truncateSync(path, bytes);
   const device = sh('losetup', '--find', '--show', '--direct-io=on', '--sector-size', '4096', path);
-  return { device, close: () => sh('losetup', '-d', device) };
+  closing(() => sh('losetup', '-d', device));
+  return device;
 }
 
 export function haveQsd() {
@@ -26,35 +28,28 @@ export function haveQsd() {
 export async function qsdVolume(directory, bytes) {
   mkdirSync(directory, { recursive: true });
   const disk = loopDisk(join(directory, 'qsd.disk'), bytes + (64 << 20) + bytes / 512);
-  sh('qemu-img', 'create', '-q', '-f', 'qcow2', '-o', 'preallocation=metadata', disk.device, String(bytes));
+  sh('qemu-img', 'create', '-q', '-f', 'qcow2', '-o', 'preallocation=metadata', disk, String(bytes));
   const mountpoint = join(directory, 'qsd.export');
   closeSync(openSync(mountpoint, 'w'));
   const daemon = spawn(
     'qemu-storage-daemon',
     [
-      '--blockdev', `driver=host_device,node-name=disk,filename=${disk.device},cache.direct=on,aio=native,discard=unmap`,
+      '--blockdev', `driver=host_device,node-name=disk,filename=${disk},cache.direct=on,aio=native,discard=unmap`,
       '--blockdev', 'driver=qcow2,node-name=image,file=disk,discard=unmap',
       '--export', `type=fuse,id=export,node-name=image,mountpoint=${mountpoint},writable=on,growable=off`,
     ],
-    { stdio: ['ignore', 'ignore', 'inherit'] },
+    { stdio: ['ignore', 'ignore', 'inherit'], detached: true },
   );
+  const ended = new Promise((r) => daemon.once('exit', r));
   const mounted = () => sh('cat', '/proc/self/mountinfo').includes(mountpoint);
+  closing(async () => {
+    daemon.kill('SIGTERM');
+    await ended;
+    if (mounted()) sh('umount', mountpoint);
+  });
   for (let i = 0; i < 100 && !mounted(); i++) await new Promise((r) => setTimeout(r, 100));
-  if (!mounted()) {
-    daemon.kill('SIGKILL');
-    disk.close();
-    throw new Error('qemu-storage-daemon did not export its file within 10 seconds');
-  }
+  if (!mounted()) throw new Error('qemu-storage-daemon did not export its file within 10 seconds');
   const device = sh('losetup', '--find', '--show', '--direct-io=on', '--sector-size', '4096', mountpoint);
-  return {
-    device,
-    close: async () => {
-      sh('losetup', '-d', device);
-      const ended = new Promise((r) => daemon.once('exit', r));
-      daemon.kill('SIGTERM');
-      await ended;
-      if (existsSync(mountpoint) && mounted()) sh('umount', mountpoint);
-      disk.close();
-    },
-  };
+  closing(() => sh('losetup', '-d', device));
+  return device;
 }

@@ -25,10 +25,18 @@ interface Rule {
   resources: string[];
   verbs: string[];
 }
+interface Probe {
+  httpGet: { path: string; port: string };
+  periodSeconds: number;
+  failureThreshold: number;
+}
 interface Container {
   name: string;
   image: string;
   args?: string[];
+  ports?: { name: string; containerPort: number }[];
+  livenessProbe?: Probe;
+  readinessProbe?: Probe;
   securityContext?: {
     privileged?: boolean;
     readOnlyRootFilesystem?: boolean;
@@ -287,6 +295,27 @@ describe.skipIf(!existsSync(helm))('the chart', () => {
     const all = objects(await render(valuesOf('minimal')));
     const keeper = all.find((o) => o.kind === 'DaemonSet' && o.metadata.name === 'holdfast-keeper');
     expect(keeper?.['spec']).toMatchObject({ updateStrategy: { type: 'OnDelete' } });
+  });
+
+  test('a node is ready when its livenessprobe says so, which a rollout of nodes waits for one by one', async () => {
+    const all = objects(await render(valuesOf('minimal')));
+    const containers = podsOf(all).get('holdfast-node')?.containers ?? [];
+    const plugin = containers.find(({ name }) => name === 'csi-node');
+    expect(plugin?.readinessProbe?.httpGet).toEqual({ path: '/healthz', port: 'healthz' });
+    const port = plugin?.ports?.find(({ name }) => name === 'healthz')?.containerPort;
+    const sidecar = containers.find(({ name }) => name === 'livenessprobe');
+    expect(sidecar?.args).toContain(`--http-endpoint=:${port}`);
+    const nodes = all.find((o) => o.kind === 'DaemonSet' && o.metadata.name === 'holdfast-node');
+    expect(nodes?.['spec']).toMatchObject({ updateStrategy: { rollingUpdate: { maxUnavailable: 1 } } });
+  });
+
+  test('a plugin that stops answering is unready before it is restarted', async () => {
+    const plugin = podsOf(objects(await render(valuesOf('minimal'))))
+      .get('holdfast-node')
+      ?.containers.find(({ name }) => name === 'csi-node');
+    const after = (probe?: Probe): number => (probe?.periodSeconds ?? 0) * (probe?.failureThreshold ?? 0);
+    expect(after(plugin?.readinessProbe)).toBeGreaterThanOrEqual(10);
+    expect(after(plugin?.readinessProbe)).toBeLessThan(after(plugin?.livenessProbe));
   });
 
   test('without the snapshotter nothing refers to the snapshot API', async () => {

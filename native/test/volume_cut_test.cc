@@ -56,6 +56,18 @@ TEST(VolumeCut, ASnapshotShowsTheSameWhateverIsWrittenOrDiscardedLater) {
   }
 }
 
+TEST(VolumeCut, TheNewTopStartsWithOneSlabAtATimeAgain) {
+  CutBench bench(256 * kMiB, 600);
+  bench.chunks_per_slab = 8;
+  ASSERT_TRUE(bench.open().ok());
+  stream(bench, 0, 64 * kMiB);
+  ASSERT_TRUE(bench.cut().ok());
+  for (uint64_t chunk = 0; chunk < 80; chunk++) ASSERT_EQ(bench.write(chunk * kChunk, kChunk, 2), 0);
+  // Empty ones would stay with the layer after the next cut, until it is stripped.
+  EXPECT_LE(bench.observer.claimed.size(), 10u + 2u);
+  EXPECT_TRUE(bench.reads(0, 80 * kChunk, 2));
+}
+
 TEST(VolumeCut, AChainOfMoreLayersThanTheIndexHasGroupsReadsTheSame) {
   CutBench bench(2 * kMiB);
   SimRandom random(11);

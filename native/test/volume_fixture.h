@@ -414,4 +414,25 @@ class Bench {
   std::unique_ptr<Volume> volume;
 };
 
+// First writes in sequence, eight at a time, on a device that takes 20 ms for a flush.
+inline void stream(Bench& bench, uint64_t from, uint64_t to) {
+  constexpr uint64_t kPiece = 8 * kChunk;
+  std::vector<std::unique_ptr<Bench::Pending>> pending;
+  bench.device.set_delay([](const IoRequest& request) {
+    return uint64_t{request.op == IoOp::kFlush ? 20'000'000u : request.op == IoOp::kWrite ? 1'000'000u : 0u};
+  });
+  while (from < to || !pending.empty() || bench.executor.timers()) {
+    while (from < to && pending.size() < 8) {
+      pending.push_back(bench.start(VolumeOp::kWrite, from, kPiece, 1));
+      from += kPiece;
+    }
+    bench.drive();
+    std::erase_if(pending, [](const auto& one) { return one->done(); });
+    if (!bench.executor.timers()) continue;
+    bench.executor.advance(bench.executor.next_timer_ns() - bench.executor.now_ns());
+    bench.drive();
+  }
+  bench.device.set_delay(nullptr);
+}
+
 }  // namespace holdfast::test

@@ -458,7 +458,7 @@ void VolumeImpl::compact_lacks(Need need) {
     want_flush();
   } else if (slab_waiters_ == nullptr) {
     settle_for_space();
-    want_slab();
+    if (claiming_ == 0) start_claims();
   }
   compact_rest(kLackRestNs);
 }

@@ -343,6 +343,7 @@ void VolumeImpl::cut_committed() {
   current_cursor_ = 0;
   free_total_ = 0;
   top_slabs_ = 0;
+  ahead_ = 1;
   top_list_.clear();
   hole_slab_ = 0;
   unsettled_ = 0;

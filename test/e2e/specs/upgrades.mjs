@@ -10,6 +10,21 @@ const writer = `i=0; while test ! -e /tmp/stop; do
   i=$((i + 1)); echo $i >/tmp/count
 done; echo done $i >/tmp/result`;
 
+/** Of every node's pod: its agent had its devices before it counted as ready, which is what the next node's turn waited for. */
+async function assertReadyLast(cluster) {
+  const { items } = await cluster.get('pods', '--namespace', namespace, '--selector', 'app.kubernetes.io/component=node');
+  assert.equal(items.length, cluster.nodes.length);
+  for (const { metadata, status } of items) {
+    const ready = Date.parse(status.conditions.find(({ type }) => type === 'Ready').lastTransitionTime);
+    const log = await cluster.kubectl(['logs', metadata.name, '--namespace', namespace, '--container', 'agent', '--timestamps']);
+    const up = log.split('\n').find((line) => line.includes('The agent is up'));
+    assert.ok(up !== undefined, `${metadata.name} is ready, and its agent is not up`);
+    // Kubernetes writes whole seconds, the earlier one.
+    const upAt = Date.parse(up.split(' ')[0]);
+    assert.ok(upAt < ready + 1000, `${metadata.name} was ready ${upAt - ready} ms before its agent was up`);
+  }
+}
+
 export const upgradeSpecs = [
   {
     name: 'helm upgrade with the same values keeps the certificates and restarts nothing',
@@ -34,6 +49,7 @@ export const upgradeSpecs = [
       await sleep(2000);
       await cluster.kubectl(['rollout', 'restart', 'daemonset/holdfast-node', '--namespace', namespace]);
       await cluster.kubectl(['rollout', 'status', 'daemonset/holdfast-node', '--namespace', namespace, '--timeout', '150s'], { timeoutMs: 160_000 });
+      await assertReadyLast(cluster);
       const before = Number(await holdfast.sh('rollout', 'cat /tmp/count'));
       await sleep(2000);
       const after = Number(await holdfast.sh('rollout', 'cat /tmp/count'));
