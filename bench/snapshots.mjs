@@ -177,7 +177,9 @@ async function reclaimSteps({ metadata }, after) {
  * just before they were deleted. The writes go to what was written since the last snapshot: first writes into a
  * new layer cost more by themselves.
  */
-async function beside(directory, rounds, seconds) {
+export async function besideSection(directory, { quick, rounds }) {
+  const seconds = quick ? 4 : 10;
+  const times = Math.max(3, rounds);
   const home = join(directory, 'beside');
   const cluster = await startCluster(home, { nodes: 1, size: '64G', reclaimSeconds: 1 });
   try {
@@ -188,7 +190,7 @@ async function beside(directory, rounds, seconds) {
     const steady = () => fio(volume.device, { rw: 'randrw', bs: '4k', iodepth: 4 }, { seconds, bytes: own, extra: ['--rate_iops=1000,1000'] });
     const windows = [];
     let after = '0';
-    for (let round = 0; round < rounds; round++) {
+    for (let round = 0; round < times; round++) {
       const ids = [];
       for (let i = 0; i < 8; i++) {
         ids.push(await snapshot(cluster, volume, `beside-${round}-${i}`));
@@ -221,7 +223,7 @@ async function beside(directory, rounds, seconds) {
       alone_us: median(windows.map((w) => w.alone[name])), busy_us: median(windows.map((w) => w.busy[name])),
       ratio: median(windows.map((w) => w.busy[name] / w.alone[name])),
     });
-    return { rounds, seconds, read: side('read_p99_us'), write: side('write_p99_us'), steps: windows.map((w) => w.steps), steps_after: windows.map((w) => w.rest) };
+    return { rounds: times, seconds, read: side('read_p99_us'), write: side('write_p99_us'), steps: windows.map((w) => w.steps), steps_after: windows.map((w) => w.rest) };
   } finally {
     await cluster.close();
     rmSync(home, { recursive: true, force: true });
@@ -235,6 +237,5 @@ export async function snapshotSection(cluster, directory, { quick, rounds, secon
   report.after = await after(cluster, directory, Math.max(3, rounds));
   report.layers = await layers(cluster, directory, 50, Math.max(3, rounds), seconds);
   report.clone = await clones(cluster, directory, 3);
-  report.beside = await beside(directory, Math.max(3, rounds), quick ? 4 : 10);
   return report;
 }
