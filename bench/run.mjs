@@ -289,7 +289,7 @@ async function all() {
     table(['clone of 100 GiB', 'ms'], [['CreateVolume', fmt(r.clone.create_ms)], ['DeleteVolume', fmt(r.clone.delete_ms)], ['space back', fmt(r.clone.space_back_s * 1000)]]);
   }
   if (wants('beside')) {
-    const r = await besideSection(directory, { quick, rounds });
+    const r = await besideSection(directory, { quick });
     report.beside = r;
     table(['p99 beside merging and compaction', 'alone us', 'beside us', 'ratio'],
       ['read', 'write'].map((k) => [`${k} 4k`, fmt(r[k].alone_us), fmt(r[k].busy_us), fmt(r[k].ratio, 2)]));

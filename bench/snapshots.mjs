@@ -1,12 +1,13 @@
 // Snapshots and clones: how long writes are held, what the first writes and the reads afterwards cost, how long a clone and its
 // deletion take, and when the space is back.
-import { readFileSync, rmSync } from 'node:fs';
+import { mkdirSync, readFileSync, rmSync } from 'node:fs';
 import { spawn } from 'node:child_process';
 import { join } from 'node:path';
 import { call } from '../packages/common/dist/index.js';
 import { attach, destroy, stage, startCluster, unstage } from './cluster.mjs';
 import { closing } from './closing.mjs';
 import { fio, median, percentile } from './fio.mjs';
+import { sh } from './targets.mjs';
 
 const GiB = 2 ** 30;
 const minutes = (n) => ({ timeoutMs: n * 60_000 });
@@ -177,14 +178,17 @@ async function reclaimSteps({ metadata }, after) {
  * just before they were deleted. The writes go to what was written since the last snapshot: first writes into a
  * new layer cost more by themselves.
  */
-export async function besideSection(directory, { quick, rounds }) {
+export async function besideSection(directory, { quick }) {
   const seconds = quick ? 4 : 10;
-  const times = Math.max(3, rounds);
+  const times = 3;
   const home = join(directory, 'beside');
-  const cluster = await startCluster(home, { nodes: 1, size: '64G', reclaimSeconds: 1 });
+  mkdirSync(home);
+  // Written beforehand, as a LUN is: to take space from a sparse file costs the file system below more than all that is measured.
+  sh('dd', 'if=/dev/zero', `of=${join(home, 'disk.img')}`, 'bs=4M', 'count=2048', 'oflag=direct', 'conv=fsync', 'status=none');
+  const cluster = await startCluster(home, { nodes: 1, size: '8G', reclaimSeconds: 1 });
   try {
-    const bytes = 2 * GiB;
-    const own = bytes / 16;
+    const bytes = GiB;
+    const own = bytes / 8;
     const volume = await attach(cluster, 1, directory, 'bench-beside', bytes);
     await fio(volume.device, { rw: 'write', bs: '1m', iodepth: 8 }, { seconds: 0, bytes });
     const steady = () => fio(volume.device, { rw: 'randrw', bs: '4k', iodepth: 4 }, { seconds, bytes: own, extra: ['--rate_iops=1000,1000'] });
