@@ -8,7 +8,7 @@ import { call } from '../packages/common/dist/index.js';
 import { attach, destroy, openVolumeInfo, stage, startCluster, unstage } from './cluster.mjs';
 import { closing, untilInterrupted } from './closing.mjs';
 import { fio, median, percentile, workloads } from './fio.mjs';
-import { snapshotSection } from './snapshots.mjs';
+import { besideSection, snapshotSection } from './snapshots.mjs';
 import { haveQsd, loopDisk, qsdVolume, sh } from './targets.mjs';
 
 if (process.getuid() !== 0) {
@@ -287,8 +287,12 @@ async function all() {
       [`reads through ${r.layers.layers} layers, of one layer`, fmt(r.layers.ratio, 2)],
     ]);
     table(['clone of 100 GiB', 'ms'], [['CreateVolume', fmt(r.clone.create_ms)], ['DeleteVolume', fmt(r.clone.delete_ms)], ['space back', fmt(r.clone.space_back_s * 1000)]]);
+  }
+  if (wants('beside')) {
+    const r = await besideSection(directory, { quick });
+    report.beside = r;
     table(['p99 beside merging and compaction', 'alone us', 'beside us', 'ratio'],
-      ['read', 'write'].map((k) => [`${k} 4k`, fmt(r.beside[k].alone_us), fmt(r.beside[k].busy_us), fmt(r.beside[k].ratio, 2)]));
+      ['read', 'write'].map((k) => [`${k} 4k`, fmt(r[k].alone_us), fmt(r[k].busy_us), fmt(r[k].ratio, 2)]));
   }
   const out = join(dirname(fileURLToPath(import.meta.url)), 'results', 'latest.json');
   mkdirSync(dirname(out), { recursive: true });

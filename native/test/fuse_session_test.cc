@@ -130,7 +130,7 @@ TEST(FuseSession, AnEngineKilledWhileTheKernelCopiesARequestToItLosesNone) {
   for (int round = 0; round < 150; round++) {
     // Each engine's buffers are new: soon after its start most of what it reads goes where no page is yet.
     const uint64_t before = shared.written;
-    for (int i = 0; i < 400 && shared.written == before; i++) usleep(50);
+    for (int i = 0; i < 40'000 && shared.written == before; i++) usleep(50);
     usleep(static_cast<useconds_t>(round * 37 % 2000));
     end(engine);
     engine = start([&] { serve(fuse_fd, true); });
