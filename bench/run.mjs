@@ -9,7 +9,7 @@ import { attach, destroy, openVolumeInfo, stage, startCluster, unstage } from '.
 import { closing, untilInterrupted } from './closing.mjs';
 import { fio, median, percentile, workloads } from './fio.mjs';
 import { besideSection, snapshotSection } from './snapshots.mjs';
-import { haveQsd, loopDisk, qsdVolume, sh } from './targets.mjs';
+import { haveQsd, loopDisk, qsdVolume, sh, writtenFile } from './targets.mjs';
 
 if (process.getuid() !== 0) {
   console.error('The bench uses loop devices and mounts and needs root. Run it again with sudo.');
@@ -85,8 +85,7 @@ async function freshSection() {
   const home = join(directory, 'fresh');
   mkdirSync(home);
   console.log('Writing the disk for first writes all over…');
-  const diskBytes = bytes * (times * 2 + 1);
-  sh('dd', 'if=/dev/zero', `of=${join(home, 'disk.img')}`, 'bs=4M', `count=${diskBytes / (4 << 20)}`, 'oflag=direct', 'conv=fsync', 'status=none');
+  writtenFile(join(home, 'disk.img'), bytes * (times * 2 + 1));
   const cluster = await startCluster(home, { nodes: 1, size: '1G' });
   try {
     return await firstWrites(cluster, bytes, cases, times);
@@ -264,7 +263,7 @@ async function all() {
   // reading pages in runs would be as slow as reading them one by one.
   const image = join(directory, 'dev', 'disk.img');
   mkdirSync(dirname(image));
-  sh('dd', 'if=/dev/zero', `of=${image}`, 'bs=4M', 'count=128', 'oflag=direct', 'conv=fsync', 'status=none');
+  writtenFile(image, GiB / 2);
   truncateSync(image, 200 * GiB);
   const cluster = await startCluster(dirname(image), { nodes: 1, size: '200G' });
   if (wants('fio')) {

@@ -7,7 +7,7 @@ import { call } from '../packages/common/dist/index.js';
 import { attach, destroy, stage, startCluster, unstage } from './cluster.mjs';
 import { closing } from './closing.mjs';
 import { fio, median, percentile } from './fio.mjs';
-import { sh } from './targets.mjs';
+import { writtenFile } from './targets.mjs';
 
 const GiB = 2 ** 30;
 const minutes = (n) => ({ timeoutMs: n * 60_000 });
@@ -184,7 +184,7 @@ export async function besideSection(directory, { quick }) {
   const home = join(directory, 'beside');
   mkdirSync(home);
   // Written beforehand, as a LUN is: to take space from a sparse file costs the file system below more than all that is measured.
-  sh('dd', 'if=/dev/zero', `of=${join(home, 'disk.img')}`, 'bs=4M', 'count=2048', 'oflag=direct', 'conv=fsync', 'status=none');
+  writtenFile(join(home, 'disk.img'), 8 * GiB);
   const cluster = await startCluster(home, { nodes: 1, size: '8G', reclaimSeconds: 1 });
   try {
     const bytes = GiB;

@@ -7,13 +7,23 @@ import { closing } from './closing.mjs';
 
 export const sh = (command, ...args) => execFileSync(command, args, { encoding: 'utf8', stdio: ['ignore', 'pipe', 'pipe'] }).trim();
 
-/** A loop device with direct I/O over a new sparse file, until the bench ends. */
-export function loopDisk(path, bytes) {
-  closeSync(openSync(path, 'w'));
-  truncateSync(path, bytes);
+/** A file of zeros that the disk has: on a sparse one, the file system below would allocate blocks while something is measured. */
+export function writtenFile(path, bytes) {
+  sh('dd', 'if=/dev/zero', `of=${path}`, 'bs=4M', `count=${bytes / (4 << 20)}`, 'oflag=direct', 'conv=fsync', 'status=none');
+}
+
+/** A loop device with direct I/O over the file, until the bench ends. */
+function attachLoop(path) {
   const device = sh('losetup', '--find', '--show', '--direct-io=on', '--sector-size', '4096', path);
   closing(() => sh('losetup', '-d', device));
   return device;
+}
+
+/** The same over a new sparse file. */
+export function loopDisk(path, bytes) {
+  closeSync(openSync(path, 'w'));
+  truncateSync(path, bytes);
+  return attachLoop(path);
 }
 
 export function haveQsd() {
@@ -49,7 +59,5 @@ export async function qsdVolume(directory, bytes) {
   });
   for (let i = 0; i < 100 && !mounted(); i++) await new Promise((r) => setTimeout(r, 100));
   if (!mounted()) throw new Error('qemu-storage-daemon did not export its file within 10 seconds');
-  const device = sh('losetup', '--find', '--show', '--direct-io=on', '--sector-size', '4096', mountpoint);
-  closing(() => sh('losetup', '-d', device));
-  return device;
+  return attachLoop(mountpoint);
 }
