@@ -104,10 +104,10 @@ int attach_loop(int mount_fd, const KeeperAttach& wanted, int* number, char* not
   const bool requests = write_setting(*number, "nr_requests", wanted.requests);
   const bool depth = write_setting(*number, "iosched/async_depth", wanted.async_depth) ||
                      write_setting(*number, "async_depth", wanted.async_depth);
-  // Where a request is completed: among the CPUs that share a cache with the one that asked, which spares an interrupt for
-  // each on the CPU itself (2): a tenth more random reads at depth 32, a few percent less at depth 1. Only speed hangs on
-  // this and the next: a kernel that refuses is as right.
-  [[maybe_unused]] const bool affinity = write_setting(*number, "rq_affinity", "1");
+  // The engine answers from a thread, not from an interrupt. Completed on the CPU that asked (2), a request ends in that
+  // CPU's interrupt; completed here (1), it waits for ksoftirqd, which costs a lone read up to a fifth and gains nothing
+  // at depth 32. Only speed hangs on this and the next: a kernel that refuses is as right.
+  [[maybe_unused]] const bool affinity = write_setting(*number, "rq_affinity", "2");
   // Whoever could merge sends large requests already; looking for neighbours costs each small one some CPU.
   [[maybe_unused]] const bool merges = write_setting(*number, "nomerges", "1");
   note[0] = 0;
