@@ -40,7 +40,7 @@ function runPart(part, index, driver) {
   const args = [
     `--storage.testdriver=${driver}`, `--kubeconfig=${join(directory, 'pki/admin.kubeconfig')}`, `--kubectl-path=${tool('kubectl')}`,
     '--provider=skeleton', '--dump-logs-on-failure=false', `--ginkgo.focus=External.Storage.*(${only || part})`, `--ginkgo.skip=${leftOut}`,
-    `--ginkgo.json-report=${json}`, '--ginkgo.timeout=3h', '--ginkgo.no-color', '--ginkgo.v',
+    `--ginkgo.json-report=${json}`, '--ginkgo.timeout=2h', '--ginkgo.no-color', '--ginkgo.v',
   ];
   const child = start(tool('storage-conformance'), args, join(directory, `log/conformance-${index}.log`), { env: { HOME: directory } });
   return new Promise((done) => child.once('exit', () => done(json)));
