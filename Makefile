@@ -2,7 +2,7 @@
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 export PATH := $(CURDIR)/.cache/pnpm/node_modules/.bin:$(CURDIR)/.cache/bin:$(PATH)
-.PHONY: help setup native build demo test lint format bench sanitize crash faults tidy clean images manifests e2e-tools e2e conformance kind-up kind-down
+.PHONY: help setup native build demo test test-node lint format bench sanitize crash faults tidy clean images manifests e2e-tools e2e conformance kind-up kind-down
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 12
@@ -22,6 +22,9 @@ demo: build ## One volume's whole life on three nodes, a node killed on the way
 test: build ## All tests: unit, native, format crash test, store contract, CSI on real devices, csi-sanity
 	@tools/setup-tests.sh
 	@node tools/test.mjs
+
+test-node: ## All tests under another Node.js: make test-node NODE=24
+	@tools/with-node.sh $(or $(NODE),24) $(MAKE) test
 
 lint: setup ## Lint and check the formatting
 	@pnpm generate >/dev/null && pnpm lint && pnpm format:check
