@@ -57,7 +57,7 @@ e2e-tools: ## Kubernetes, the CSI sidecars and Helm into ~/.cache/holdfast-e2e (
 e2e: build e2e-tools ## A three-node Kubernetes on this machine: chart, volumes, snapshots, moves
 	@node test/e2e/run.mjs
 
-conformance: build e2e-tools ## Kubernetes' own storage specs on that cluster (tools: another half an hour, once; the specs: an hour or two)
+conformance: build e2e-tools ## Kubernetes' own storage specs on that cluster (tools: another half an hour, once; the specs: twenty minutes)
 	@tools/conformance-tools.sh
 	@node test/e2e/run.mjs --lab conformance/lab.mjs --minutes 150
 
