@@ -2,7 +2,8 @@
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 export PATH := $(CURDIR)/.cache/pnpm/node_modules/.bin:$(CURDIR)/.cache/bin:$(PATH)
-.PHONY: help setup native build demo test test-node lint format bench sanitize crash faults tidy clean images manifests e2e-tools e2e conformance kind-up kind-down
+.PHONY: help setup native build demo test test-node lint format bench sanitize crash faults tidy clean images manifests e2e-tools e2e conformance
+.PHONY: kind-up kind-down kind-node-image
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 12
@@ -66,6 +67,9 @@ kind-up: build ## A three-node kind cluster over a shared loop disk, with Holdfa
 
 kind-down: ## Take that cluster away
 	@deploy/kind/down.sh
+
+kind-node-image: build e2e-tools ## A node image for kind where there is no container registry (docker, debootstrap, Go)
+	@node deploy/kind/node-image/build.mjs
 
 clean: ## Remove what was built (not the caches)
 	rm -rf native/build native/build-* packages/*/dist native/dist packages/proto/src/gen packages/*/*.tsbuildinfo native/*.tsbuildinfo

@@ -33,6 +33,7 @@ interface Probe {
 interface Container {
   name: string;
   image: string;
+  imagePullPolicy?: string;
   args?: string[];
   ports?: { name: string; containerPort: number }[];
   livenessProbe?: Probe;
@@ -46,6 +47,7 @@ interface Container {
 interface PodSpec {
   serviceAccountName: string;
   automountServiceAccountToken?: boolean;
+  nodeSelector?: Record<string, string>;
   securityContext?: { runAsNonRoot?: boolean };
   initContainers?: Container[];
   containers: Container[];
@@ -330,5 +332,25 @@ describe.skipIf(!existsSync(helm))('the chart', () => {
       const { args } = controller?.containers.find((container) => container.name === name) ?? {};
       expect(args).toEqual(expect.arrayContaining(['--kube-api-qps=100', '--kube-api-burst=200']));
     }
+  });
+
+  test('the kind cluster pulls the images that up.sh does not load', async () => {
+    const pods = podsOf(objects(await render(['--values', join(top, 'deploy/kind/values.yaml')])));
+    const pulled = [...pods.values()]
+      .flatMap(containersOf)
+      .filter(({ image }) => !image.startsWith('ghcr.io/holdfast/'));
+    expect(pulled.map(({ imagePullPolicy }) => imagePullPolicy)).not.toContain('Never');
+    expect(pulled.length).toBeGreaterThan(0);
+  });
+
+  test('one node of the kind cluster may run the metadata service, and is not the control plane, which kind taints', async () => {
+    const kind = loadAll(readFileSync(join(top, 'deploy/kind/kind.yaml'), 'utf8'))[0] as {
+      nodes: { role: string; labels?: Record<string, string> }[];
+    };
+    const pods = podsOf(objects(await render(['--values', join(top, 'deploy/kind/values.yaml')])));
+    const wanted = Object.entries(pods.get('holdfast-metadata')?.nodeSelector ?? {});
+    expect(wanted.length).toBeGreaterThan(0);
+    const fit = kind.nodes.filter(({ labels }) => wanted.every(([name, value]) => labels?.[name] === value));
+    expect(fit.map(({ role }) => role)).toEqual(['worker']);
   });
 });

@@ -4,11 +4,12 @@ set -uo pipefail
 directory=${HOLDFAST_KIND_DIR:-/var/tmp/holdfast-kind}
 context=(--context kind-holdfast)
 left=0
+orderly=1
 
 if kind get clusters 2>/dev/null | grep -qx holdfast; then
   # In order, so that every volume is closed before its node goes.
-  kubectl "${context[@]}" delete statefulset/sample pod/raw --ignore-not-found --timeout=60s
-  kubectl "${context[@]}" delete pvc --all --timeout=60s
+  kubectl "${context[@]}" delete statefulset/sample pod/raw --ignore-not-found --timeout=60s || orderly=0
+  kubectl "${context[@]}" delete pvc --all --timeout=60s || orderly=0
   kubectl "${context[@]}" wait --for=delete pv --all --timeout=60s 2>/dev/null
   helm --kube-context kind-holdfast uninstall holdfast --namespace holdfast-system --wait --timeout 2m
   kind delete cluster --name holdfast || left=1
@@ -19,4 +20,10 @@ if [ -e "$directory/disk.img" ]; then
   done
 fi
 [ "$left" = 0 ] && rm -rf "$directory"
+if [ "$orderly" = 0 ]; then
+  # Whose they are is known by nobody any more: those of another cluster on this machine look the same.
+  echo "kind-down: the volumes could not be closed before their nodes went. What they left are those of these loop devices that nothing here uses; losetup --detach takes one away:" >&2
+  losetup --list --noheadings --output NAME,BACK-FILE | grep -E ' /$' >&2
+  left=1
+fi
 exit "$left"

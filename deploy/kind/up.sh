@@ -15,7 +15,7 @@ directory=${HOLDFAST_KIND_DIR:-/var/tmp/holdfast-kind}
 context=(--context kind-holdfast)
 mkdir -p "$directory"
 
-kind get clusters 2>/dev/null | grep -qx holdfast || kind create cluster --config deploy/kind/kind.yaml --wait 120s
+kind get clusters 2>/dev/null | grep -qx holdfast || kind create cluster --config deploy/kind/kind.yaml ${HOLDFAST_KIND_IMAGE:+--image "$HOLDFAST_KIND_IMAGE"} --wait 120s
 
 disk=$directory/disk.img
 [ -e "$disk" ] || truncate -s "${HOLDFAST_KIND_SIZE:-32G}" "$disk"
