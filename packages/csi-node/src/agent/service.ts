@@ -222,11 +222,14 @@ export class MetadataConnection {
     throw new ServiceAway(this.#options.address);
   }
 
-  async #unary<Res>(body: (options: { timeoutMs: number }) => Promise<Res>): Promise<Res> {
+  async #unary<Res>(
+    body: (options: { timeoutMs: number }) => Promise<Res>,
+    timeoutMs = this.#options.callTimeoutMs,
+  ): Promise<Res> {
     await this.#ready();
     this.#underWay += 1;
     try {
-      return await body({ timeoutMs: this.#options.callTimeoutMs });
+      return await body({ timeoutMs });
     } finally {
       this.#underWay -= 1;
       if (this.#underWay === 0) for (const wake of this.#idleWaiters.splice(0)) wake();
@@ -234,13 +237,13 @@ export class MetadataConnection {
   }
 
   /** Repeats a call whose outcome is unknown, under one request id, so that it is done once. At most `attempts` times. */
-  async #repeated<Res>(name: AgentsMethod, request: object, attempts = 3): Promise<Res> {
+  async #repeated<Res>(name: AgentsMethod, request: object, attempts = 3, timeoutMs?: number): Promise<Res> {
     const named = { ...request, request_id: randomUUID() };
     const backoff = new Backoff(50, 500);
     for (let attempt = 1; ; attempt++) {
       try {
         const method: (...args: never[]) => unknown = this.#agents[name];
-        return await this.#unary((options) => call<Res>(this.#agents, method, named, options));
+        return await this.#unary((options) => call<Res>(this.#agents, method, named, options), timeoutMs);
       } catch (error) {
         if (attempt >= attempts || !isTransient(error) || error instanceof ServiceAway) throw error;
         await sleep(backoff.next(), this.#stop.signal);
@@ -254,8 +257,9 @@ export class MetadataConnection {
   async poolReady(request: PoolReadyRequest): Promise<void> {
     await this.#repeated('PoolReady', request);
   }
-  stageVolume(request: StageVolumeRequest): Promise<Grant__Output> {
-    return this.#repeated('StageVolume', request);
+  /** @param timeoutMs of each attempt, instead of the usual */
+  stageVolume(request: StageVolumeRequest, timeoutMs?: number): Promise<Grant__Output> {
+    return this.#repeated('StageVolume', request, undefined, timeoutMs);
   }
   async volumeOpened(request: VolumeOpenedRequest): Promise<void> {
     await this.#repeated('VolumeOpened', request);

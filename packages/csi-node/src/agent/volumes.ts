@@ -41,6 +41,12 @@ const returnWaitMs = 5000;
 const awayWaitMs = 300;
 /** How long the answer to a revocation waits until earlier claims are in the service's books. */
 const reportWaitMs = 8000;
+/**
+ * How long one attempt at a grant waits in the volume's turn, and all of them. The service may first want the closed volume cut or
+ * compacted, by an order to this very agent, which needs the turn.
+ */
+const grantTurnMs = 1000;
+const grantWaitMs = 30_000;
 /** Between attempts to tell the service that a volume is open. */
 const tellFirstMs = 500;
 const tellMostMs = 10_000;
@@ -69,6 +75,15 @@ interface Untold {
   backoff: Backoff;
   notBeforeMs: number;
   telling: boolean;
+}
+
+/** Something has to end before the service gives the grant. */
+class NoGrantYet extends Error {
+  readonly reason: HoldfastError;
+  constructor(reason: HoldfastError) {
+    super(reason.message);
+    this.reason = reason;
+  }
 }
 
 /** Not open here. In answer to a revocation: and never again under this epoch or an older one. */
@@ -297,17 +312,25 @@ export class Volumes {
 
   // ------------------------------------------------------------------------------------------ opening
 
-  open(
+  async open(
     pool: HostedPool | undefined,
     request: { poolUuid: string; volumeUuid: string; publishId: string; readOnly: boolean },
   ): Promise<OpenVolumeResponse> {
-    return this.#locks.tryRun(`volume ${request.volumeUuid}`, async () => {
-      try {
-        return await this.#openLocked(pool, request);
-      } catch (error) {
-        throw fromNativeError(error);
+    const key = `volume ${request.volumeUuid}`;
+    const turn = (): Promise<OpenVolumeResponse> => this.#openLocked(pool, request);
+    const until = performance.now() + grantWaitMs;
+    try {
+      for (let first = true; ; first = false) {
+        try {
+          return await (first ? this.#locks.tryRun(key, turn) : this.#locks.run(key, turn));
+        } catch (error) {
+          if (!(error instanceof NoGrantYet)) throw error;
+          if (performance.now() >= until) throw error.reason;
+        }
       }
-    });
+    } catch (error) {
+      throw fromNativeError(error);
+    }
   }
 
   #answer(volume: LocalVolume): OpenVolumeResponse {
@@ -346,13 +369,17 @@ export class Volumes {
     }
     let grant: Grant__Output;
     try {
-      grant = await this.#service.stageVolume({
+      const asked = {
         host: host.host,
         volume_uuid: uuid,
         publish_id: request.publishId,
         read_only: request.readOnly,
-      });
+      };
+      grant = await this.#service.stageVolume(asked, local === undefined ? grantTurnMs : undefined);
     } catch (error) {
+      if (local === undefined && error instanceof HoldfastError && error.code === 'DEADLINE_EXCEEDED') {
+        throw new NoGrantYet(error);
+      }
       // Taken over with the service away: the grant stands on disk and nothing has revoked it.
       if (local !== undefined && local.publishId === undefined && isTransient(error))
         return this.#answer(local);

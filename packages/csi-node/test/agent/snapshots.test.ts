@@ -237,6 +237,25 @@ describe('snapshot orders', () => {
       });
     });
 
+    it('that is being opened here too, whose grant waits for the cut', async () => {
+      const grant = grantOf([layer(10, 0, { slabs })]);
+      let cutIsDone = (): void => undefined;
+      service.beforeGrant = new Promise((resolve) => {
+        cutIsDone = resolve;
+      });
+      const opened = open({
+        ...grant,
+        epoch: '6',
+        layers: [layer(11, 10), layer(10, 0, { frozen: true, slabs })],
+      });
+      await waitFor('the grant to be asked for', () => service.asked || undefined);
+      const result = await cut([cutOf(grant, layer(11, 10), { epoch: '0', grant })]);
+      expect(result).toMatchObject({ error_code: '', result: 'cut' });
+      cutIsDone();
+      await opened;
+      expect(disk.records.get(grant.slot ?? 0)).toMatchObject({ state: 'open', epoch: 6n, topLayerId: 11n });
+    }, 60_000);
+
     it('returns the grant by itself when it fails, and nothing stays open', async () => {
       const grant = grantOf([layer(10)]);
       native.pool.failNextCut = true;
