@@ -4,7 +4,7 @@
 // sorted, owners and times fixed (SOURCE_DATE_EPOCH), so layers that images share are stored once by whoever imports them.
 import { execFileSync } from 'node:child_process';
 import { createHash } from 'node:crypto';
-import { chmodSync, copyFileSync, cpSync, existsSync, mkdirSync, mkdtempSync, readFileSync, realpathSync, renameSync, rmSync, statSync, writeFileSync } from 'node:fs';
+import { chmodSync, copyFileSync, cpSync, existsSync, mkdirSync, mkdtempSync, readFileSync, realpathSync, renameSync, rmSync, statSync, symlinkSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { basename, dirname, join } from 'node:path';
 
@@ -125,6 +125,22 @@ export function makeRoot(directory) {
   writeFileSync(join(directory, 'etc/passwd'), 'root:x:0:0:root:/:/sbin/nologin\nnonroot:x:65532:65532:nonroot:/:/sbin/nologin\n');
   writeFileSync(join(directory, 'etc/group'), 'root:x:0:\nnonroot:x:65532:\n');
   writeFileSync(join(directory, 'etc/nsswitch.conf'), 'passwd: files\ngroup: files\nhosts: files dns\n');
+}
+
+/** Copies a static program, for everybody to run. */
+export function addProgram(from, to) {
+  mkdirSync(dirname(to), { recursive: true });
+  copyFileSync(from, to);
+  chmodSync(to, 0o755);
+}
+
+/** This machine's static busybox, under the names of these applets (all by default) where nothing else has them. */
+export function addBusybox(directory, applets = execFileSync('/bin/busybox', ['--list'], { encoding: 'utf8' }).trim().split('\n')) {
+  const programs = join(directory, 'usr/bin');
+  addProgram('/bin/busybox', join(programs, 'busybox'));
+  for (const applet of applets) {
+    if (!existsSync(join(programs, applet))) symlinkSync('busybox', join(programs, applet));
+  }
 }
 
 /** Copies programs with their libraries, and plain files, to the places that they have here. `except`: roots that have them already. */

@@ -46,10 +46,8 @@ abi_stamp=node_modules/.holdfast-abi
 if ! cmp -s pnpm-lock.yaml "$stamp"; then
   echo "setup: installing npm dependencies"
   pnpm install --frozen-lockfile --reporter=append-only >.cache/pnpm-install.log 2>&1 || { tail -40 .cache/pnpm-install.log >&2; fail "pnpm install failed (above)."; }
-  echo "$abi" >"$abi_stamp"
   cp pnpm-lock.yaml "$stamp"
 elif [ "$(cat "$abi_stamp" 2>/dev/null)" != "$abi" ]; then
-  echo "setup: building SQLite's addon for Node.js $(node -v)"
-  pnpm rebuild -r better-sqlite3 >.cache/pnpm-rebuild.log 2>&1 || { tail -40 .cache/pnpm-rebuild.log >&2; fail "pnpm rebuild failed (above)."; }
-  echo "$abi" >"$abi_stamp"
+  tools/quiet.sh sqlite pnpm rebuild -r better-sqlite3
 fi
+echo "$abi" >"$abi_stamp"

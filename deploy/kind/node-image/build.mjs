@@ -9,9 +9,10 @@ import { appendFileSync, chmodSync, copyFileSync, existsSync, mkdirSync, readdir
 import { basename, dirname, join, resolve } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { parseArgs } from 'node:util';
+import { sidecars } from '../../../test/e2e/lib/images.mjs';
 import { cache, tool, top } from '../../../test/e2e/lib/tools.mjs';
 import { bundle } from '../../../tools/bundle.mjs';
-import { copyFromHost, makeRoot, writeImage } from '../../../tools/oci.mjs';
+import { addBusybox, addProgram, copyFromHost, makeRoot, writeImage } from '../../../tools/oci.mjs';
 
 const { values } = parseArgs({
   options: { tag: { type: 'string', default: 'holdfast.test/kind-node:1' }, work: { type: 'string', default: join(cache, 'kind-node') } },
@@ -58,17 +59,13 @@ function buildPrograms() {
     for (const name of ['go.mod', 'go.sum']) copyFileSync(join(top, 'test/e2e/tools', name), join(directory, name));
     return 'k8s.io/kubernetes/cmd/kubeadm';
   }, flags);
-  build('etcd', versions.etcd, (directory) => {
-    writeFileSync(join(directory, 'main.go'), 'package main\n\nimport (\n\t"os"\n\n\t"go.etcd.io/etcd/server/v3/etcdmain"\n)\n\nfunc main() { etcdmain.Main(os.Args) }\n');
-    quietly('go', ['mod', 'init', 'etcd'], { cwd: directory });
-    quietly('go', ['get', `go.etcd.io/etcd/server/v3@${versions.etcd}`], { cwd: directory });
-    return '.';
-  });
-  build('coredns', versions.coredns, (directory) => {
-    quietly('go', ['mod', 'init', 'coredns'], { cwd: directory });
-    quietly('go', ['get', `github.com/coredns/coredns@${versions.coredns}`], { cwd: directory });
-    return 'github.com/coredns/coredns';
-  });
+  for (const [name, module] of [['etcd', 'go.etcd.io/etcd/server/v3'], ['coredns', 'github.com/coredns/coredns']]) {
+    build(name, versions[name], (directory) => {
+      quietly('go', ['mod', 'init', name], { cwd: directory });
+      quietly('go', ['get', `${module}@${versions[name]}`], { cwd: directory });
+      return module;
+    });
+  }
 }
 
 function build(name, version, prepare, flags = '-s -w') {
@@ -116,8 +113,8 @@ function fillNodeRoot(pause) {
   run('cp', ['--recursive', '--no-preserve=mode,ownership', `${kindFiles}/.`, root]);
   for (const directory of ['usr/local/bin', 'kind/bin']) for (const name of readdirSync(join(root, directory))) chmodSync(join(root, directory, name), 0o755);
   for (const name of ['usr/bin/containerd', 'usr/bin/ctr']) symlinkSync(`/${name}`, join(root, 'usr/local/bin', basename(name)));
-  for (const name of ['kubelet', 'kubectl']) install(tool(name), join(root, 'usr/bin', name));
-  install(join(bin, 'kubeadm'), join(root, 'usr/bin/kubeadm'));
+  for (const name of ['kubelet', 'kubectl']) addProgram(tool(name), join(root, 'usr/bin', name));
+  addProgram(join(bin, 'kubeadm'), join(root, 'usr/bin/kubeadm'));
   mkdirSync(join(root, 'opt/cni/bin'), { recursive: true });
   for (const name of readdirSync(join(root, 'usr/lib/cni'))) symlinkSync(`/usr/lib/cni/${name}`, join(root, 'opt/cni/bin', name));
   for (const name of ['etc/kubernetes/manifests', 'etc/kubernetes/kubelet.d', 'etc/cni/net.d', 'kind/manifests', 'LICENSES']) mkdirSync(join(root, name), { recursive: true });
@@ -146,12 +143,6 @@ function fillNodeRoot(pause) {
   writeFileSync(join(root, 'kind/manifests/default-storage.yaml'), 'apiVersion: v1\nkind: Namespace\nmetadata: { name: local-path-storage }\n');
 }
 
-function install(from, to) {
-  mkdirSync(dirname(to), { recursive: true });
-  copyFileSync(from, to);
-  chmodSync(to, 0o755);
-}
-
 // ---------------------------------------------------------------------------------------------- images
 
 /** The archives of all images that a cluster of this needs. Returns the name of the sandbox's. */
@@ -160,7 +151,7 @@ async function makeImages() {
   const wanted = quietly(join(bin, 'kubeadm'), ['config', 'images', 'list', '--kubernetes-version', kubernetes]).trim().split('\n');
   const named = (name) => wanted.find((image) => image.includes(`/${name}:`));
   const program = (path, name = basename(path)) => (directory) => {
-    install(path, join(directory, 'usr/local/bin', name));
+    addProgram(path, join(directory, 'usr/local/bin', name));
     return { Entrypoint: [`/usr/local/bin/${name}`] };
   };
   for (const name of ['kube-apiserver', 'kube-controller-manager', 'kube-scheduler']) image(named(name), program(tool(name)));
@@ -173,18 +164,18 @@ async function makeImages() {
     return { Entrypoint: ['/usr/local/bin/kube-proxy'] };
   });
   image(named('pause'), (directory) => {
-    busybox(directory, ['sleep']);
+    addBusybox(directory, ['sleep']);
     return { Entrypoint: ['/usr/bin/sleep', '2147483647'] };
   });
   image('holdfast.test/kind-network:1', (directory) => {
-    busybox(directory, ['sh', 'cat', 'ip', 'mv', 'sleep']);
+    addBusybox(directory, ['sh', 'cat', 'ip', 'mv', 'sleep']);
     return program(tool('kubectl'))(directory);
   });
 
   // The sidecars, under the names that the chart gives them.
   const chart = readFileSync(join(top, 'charts/holdfast/values.yaml'), 'utf8');
   const sidecar = (name) => new RegExp(`image: "?(\\S+/${name}:[^"\\s]+)`).exec(chart)[1];
-  for (const name of ['csi-provisioner', 'csi-attacher', 'csi-resizer', 'csi-snapshotter', 'snapshot-controller']) image(sidecar(name), program(tool(name)));
+  for (const name of sidecars) image(sidecar(name), program(tool(name)));
   // These two are not to be had as Go modules.
   for (const [name, standIn] of [['csi-node-driver-registrar', 'registrar-stand-in'], ['livenessprobe', 'livenessprobe-stand-in']]) {
     const file = join(work, `${standIn}.mjs`);
@@ -207,11 +198,6 @@ function image(reference, fill) {
   const output = join(archives, `${basename(reference).replaceAll(':', '-')}.tar`);
   writeImage({ reference, layers: [directory], config: { Env: ['PATH=/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin'], WorkingDir: '/', ...config }, output });
   rmSync(directory, { recursive: true });
-}
-
-function busybox(directory, applets) {
-  install('/bin/busybox', join(directory, 'usr/bin/busybox'));
-  for (const applet of applets) symlinkSync('busybox', join(directory, 'usr/bin', applet));
 }
 
 /** Into the node's containerd; a node unpacks an image when it first uses it. */

@@ -1,10 +1,9 @@
 // The images that upstream's storage specs name, made here because there is no registry: agnhost around its program, built with the suite, and
 // one set of applets for those of which the specs use a shell only.
-import { chmodSync, copyFileSync, existsSync, mkdirSync, mkdtempSync, rmSync, symlinkSync } from 'node:fs';
-import { execFileSync } from 'node:child_process';
+import { mkdirSync, mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { makeRoot, writeImage } from '../../../tools/oci.mjs';
+import { addBusybox, addProgram, makeRoot, writeImage } from '../../../tools/oci.mjs';
 import { cache, tool } from '../lib/tools.mjs';
 
 const registry = 'registry.k8s.io/e2e-test-images';
@@ -16,16 +15,6 @@ const references = {
   'glibc-dns-testing': { reference: `${registry}/glibc-dns-testing:2.0.0`, command: ['sh'] },
 };
 
-function fill(root) {
-  makeRoot(root);
-  const busybox = join(root, 'usr/bin/busybox');
-  copyFileSync('/bin/busybox', busybox);
-  chmodSync(busybox, 0o755);
-  for (const applet of execFileSync('/bin/busybox', ['--list'], { encoding: 'utf8' }).trim().split('\n')) {
-    if (!existsSync(join(root, 'usr/bin', applet))) symlinkSync('busybox', join(root, 'usr/bin', applet));
-  }
-}
-
 /** @returns {string[]} paths of archives */
 export function buildConformanceImages() {
   const directory = join(cache, 'images/conformance');
@@ -33,11 +22,9 @@ export function buildConformanceImages() {
   return Object.entries(references).map(([name, { reference, entrypoint, command }]) => {
     const root = mkdtempSync(join(tmpdir(), 'holdfast-image-'));
     try {
-      fill(root);
-      if (name === 'agnhost') {
-        copyFileSync(tool('agnhost'), join(root, 'agnhost'));
-        chmodSync(join(root, 'agnhost'), 0o755);
-      }
+      makeRoot(root);
+      addBusybox(root);
+      if (name === 'agnhost') addProgram(tool('agnhost'), join(root, 'agnhost'));
       const output = join(directory, `${name}.tar`);
       const config = { Env: ['PATH=/usr/sbin:/usr/bin:/sbin:/bin'], WorkingDir: '/', Cmd: command, ...(entrypoint === undefined ? {} : { Entrypoint: entrypoint }) };
       writeImage({ reference, layers: [root], config, output });

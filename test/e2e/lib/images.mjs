@@ -1,16 +1,16 @@
 // All images of a run, as archives in the cache: Holdfast's own from tools/images.mjs, the sidecars around their cached programs, a busybox
 // that is the pods' and the sandboxes', and stand-ins for the two sidecars that are not to be had as Go modules.
 import { createHash } from 'node:crypto';
-import { chmodSync, copyFileSync, existsSync, mkdirSync, mkdtempSync, readFileSync, rmSync, statSync, symlinkSync, writeFileSync } from 'node:fs';
+import { copyFileSync, existsSync, mkdirSync, mkdtempSync, readFileSync, rmSync, statSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { bundle } from '../../../tools/bundle.mjs';
-import { copyFromHost, makeRoot, writeImage } from '../../../tools/oci.mjs';
+import { addBusybox, addProgram, copyFromHost, makeRoot, writeImage } from '../../../tools/oci.mjs';
 import { run } from './shell.mjs';
 import { cache, tool, top } from './tools.mjs';
 
 const images = join(cache, 'images');
-const sidecars = ['csi-provisioner', 'csi-attacher', 'csi-resizer', 'csi-snapshotter', 'snapshot-controller'];
+export const sidecars = ['csi-provisioner', 'csi-attacher', 'csi-resizer', 'csi-snapshotter', 'snapshot-controller'];
 const standIns = ['registrar-stand-in', 'livenessprobe-stand-in'];
 const applets = ['sh', 'sleep', 'cat', 'dd', 'sha256sum', 'sync', 'ls', 'df', 'id', 'stat', 'seq', 'head', 'touch', 'rm', 'mkdir', 'date', 'echo', 'test', 'wc', 'cmp', 'blockdev', 'mount', 'tr', 'cut', 'grep', 'printf', 'kill', 'ps', 'fstrim', 'tail'];
 
@@ -45,19 +45,15 @@ function sidecarImage(name) {
   const program = tool(name);
   return cached(name, [program], (root) => {
     makeRoot(root);
-    copyFileSync(program, join(root, name));
-    chmodSync(join(root, name), 0o755);
+    addProgram(program, join(root, name));
     return { Entrypoint: [`/${name}`] };
   });
 }
 
 function busyboxImage() {
-  const program = '/bin/busybox';
-  return cached('busybox', [program], (root) => {
+  return cached('busybox', ['/bin/busybox'], (root) => {
     makeRoot(root);
-    copyFileSync(program, join(root, 'usr/bin/busybox'));
-    chmodSync(join(root, 'usr/bin/busybox'), 0o755);
-    for (const applet of applets) symlinkSync('busybox', join(root, 'usr/bin', applet));
+    addBusybox(root, applets);
     return { Entrypoint: ['/bin/busybox'], Cmd: ['sleep', '2147483647'] };
   });
 }
