@@ -133,7 +133,7 @@ TEST(Worker, TimersComeInTheirOrderAndNeverEarly) {
   std::promise<void> last;
   const uint64_t begun = boottime_ns();
   for (size_t i = 0; i < timers.size(); i++) {
-    // Longest first, half of them from the worker itself.
+    // Longest first.
     Timed& timer = timers[i];
     timer.when = begun + (timers.size() - i) * 5 * kMillisecond;
     timer.order = &order;
@@ -144,9 +144,23 @@ TEST(Worker, TimersComeInTheirOrderAndNeverEarly) {
       timed->order->push_back(timed);
       if (timed->last != nullptr) timed->last->set_value();
     };
-    if (i % 2 == 0) worker->post_at(&timer, timer.when);
-    else run_on(*worker, [&] { worker->post_at(&timer, timer.when); });
   }
+  // Half of them come from the worker itself, in a task that goes on until every timer is posted: those that are due by then come in their order too.
+  struct Held : Task {
+    std::array<Timed, 8>* timers = nullptr;
+    Worker* worker = nullptr;
+    std::promise<void> rest_posted;
+  } held;
+  held.timers = &timers;
+  held.worker = worker.get();
+  held.run = [](Task* self) {
+    auto* me = static_cast<Held*>(self);
+    for (size_t i = 1; i < me->timers->size(); i += 2) me->worker->post_at(&(*me->timers)[i], (*me->timers)[i].when);
+    me->rest_posted.get_future().wait();
+  };
+  worker->post(&held);
+  for (size_t i = 0; i < timers.size(); i += 2) worker->post_at(&timers[i], timers[i].when);
+  held.rest_posted.set_value();
   last.get_future().wait();
   worker.reset();
   ASSERT_EQ(order.size(), timers.size());
