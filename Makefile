@@ -56,7 +56,7 @@ e2e-tools: ## Kubernetes, the CSI sidecars and Helm into ~/.cache/holdfast-e2e (
 	@tools/e2e-tools.sh
 
 e2e: build e2e-tools ## A three-node Kubernetes on this machine: chart, volumes, snapshots, moves
-	@node test/e2e/run.mjs
+	@node test/e2e/run.mjs $(if $(MINUTES),--minutes $(MINUTES))
 
 conformance: build e2e-tools ## Kubernetes' own storage specs on that cluster (tools: another half an hour, once; the specs: twenty minutes)
 	@tools/conformance-tools.sh
