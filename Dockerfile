@@ -15,8 +15,11 @@ RUN apt-get update && apt-get install -y --no-install-recommends \
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
 COPY . .
-# pnpm in the version of tools/setup.sh; better-sqlite3 and the addon are compiled for the Node that goes into the image.
+# pnpm in the version of tools/setup.sh; better-sqlite3 and the addon are compiled for the Node that goes into the image. The two
+# settings: with the headers of that Node (it has them in /usr/local), where node-gyp would fetch some from nodejs.org, and not
+# taken compiled from GitHub, which no lock file pins.
 RUN version=$(sed -n 's/^pnpm_version=//p' tools/setup.sh) && npm install -g --no-fund --no-audit "pnpm@$version" \
+    && export npm_config_nodedir=/usr/local npm_config_build_from_source=true \
     && pnpm install --frozen-lockfile && pnpm build:native && pnpm generate
 ARG SOURCE_DATE_EPOCH=1700000000
 ENV SOURCE_DATE_EPOCH=$SOURCE_DATE_EPOCH
