@@ -64,3 +64,8 @@ test('a copied program runs in its root, without setuid, and a layer leaves out 
   expect(existsSync(join(more, 'usr/bin/sleep'))).toBe(false);
   expect(statSync(join(more, own)).mode & 0o7777).toBe(0o755);
 });
+
+test('the images of the Dockerfile say the version of the chart, as those of images.mjs do', () => {
+  const [, version] = /^appVersion: (.+)$/m.exec(readFileSync(new URL('../charts/holdfast/Chart.yaml', import.meta.url), 'utf8'));
+  expect(readFileSync(new URL('../Dockerfile', import.meta.url), 'utf8')).toContain(`ARG VERSION=${version}\n`);
+});
