@@ -87,8 +87,11 @@ export function writeImage({ reference, layers, config, output }) {
         manifests: [{ ...manifest, platform: { architecture, os: 'linux' }, annotations }],
       }),
     );
+    // For a Docker that keeps images in its own store: it does not read the index.
+    const place = ({ digest }) => `blobs/sha256/${digest.slice('sha256:'.length)}`;
+    writeFileSync(join(layout, 'manifest.json'), JSON.stringify([{ Config: place(image), RepoTags: [reference], Layers: descriptors.map(place) }]));
     mkdirSync(dirname(output), { recursive: true });
-    tarOf(layout, `${output}.new`, ['oci-layout', 'index.json', 'blobs']);
+    tarOf(layout, `${output}.new`, ['oci-layout', 'index.json', 'manifest.json', 'blobs']);
     renameSync(`${output}.new`, output);
     return descriptors.reduce((sum, d) => sum + d.size, 0);
   } finally {

@@ -27,7 +27,7 @@ test('the same files give the same archive, whenever and in whatever order they 
   expect(readFileSync(image('first', [one])).equals(readFileSync(image('second', [two])))).toBe(true);
 });
 
-test('the index names the image, and every blob is what its digest says', () => {
+test('the index and the list for docker load name the image, and every blob is what its digest says', () => {
   const root = join(work, 'root');
   mkdirSync(root);
   writeFileSync(join(root, 'file'), 'content');
@@ -48,6 +48,8 @@ test('the index names the image, and every blob is what its digest says', () => 
     expect(execFileSync('sha256sum', [blob(digest)], { encoding: 'utf8' }).split(' ')[0]).toBe(digest.slice(7));
   }
   expect(execFileSync('tar', ['-xOf', blob(manifest.layers[0].digest), './file'], { encoding: 'utf8' })).toBe('content');
+  const place = ({ digest }) => `blobs/sha256/${digest.slice('sha256:'.length)}`;
+  expect(json(join(layout, 'manifest.json'))).toEqual([{ Config: place(manifest.config), RepoTags: ['registry.example/thing:1'], Layers: manifest.layers.map(place) }]);
 });
 
 test('a copied program runs in its root, without setuid, and a layer leaves out what one below it has', () => {
@@ -63,4 +65,9 @@ test('a copied program runs in its root, without setuid, and a layer leaves out 
   copyFromHost(more, [own, '/bin/sleep'], [base]);
   expect(existsSync(join(more, 'usr/bin/sleep'))).toBe(false);
   expect(statSync(join(more, own)).mode & 0o7777).toBe(0o755);
+});
+
+test('the images of the Dockerfile say the version of the chart, as those of images.mjs do', () => {
+  const [, version] = /^appVersion: (.+)$/m.exec(readFileSync(new URL('../charts/holdfast/Chart.yaml', import.meta.url), 'utf8'));
+  expect(readFileSync(new URL('../Dockerfile', import.meta.url), 'utf8')).toContain(`ARG VERSION=${version}\n`);
 });
