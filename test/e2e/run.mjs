@@ -125,5 +125,6 @@ try {
 }
 const left = await cleanUp();
 if (values.only === '' && outcome.figures !== undefined && !outcome.unfinished) keepFigures(join(here, 'results/latest.json'), outcome);
+for (const what of outcome.failures ?? []) console.error(`Failed: ${what}`);
 for (const what of left) console.error(`Left behind: ${what}`);
 end(outcome.passed, outcome.failed + left.length);

@@ -8,7 +8,7 @@ import { basename, dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { makePki, makeTokens } from './pki.mjs';
 import { abortConnections, childrenOf, detach, fuseConnections, loopsOver, processesBelow } from './residue.mjs';
-import { run, start, until } from './shell.mjs';
+import { patienceMs, run, start, until } from './shell.mjs';
 import { tool } from './tools.mjs';
 
 const lab = '10.77.0.1';
@@ -102,7 +102,7 @@ export class Cluster {
       `--service-account-key-file=${keys.serviceAccountPublic}`, '--authorization-mode=Node,RBAC', '--enable-admission-plugins=NodeRestriction',
       '--allow-privileged=true', '--kubelet-preferred-address-types=InternalIP', '--kubelet-timeout=20s',
     ]);
-    await until('The API server', async () => (await this.kubectl(['get', '--raw', '/readyz'])) === 'ok', { timeoutMs: 90_000 });
+    await until('The API server', async () => (await this.kubectl(['get', '--raw', '/readyz'])) === 'ok');
     this.#service('kube-controller-manager', tool('kube-controller-manager'), [
       `--kubeconfig=${this.#tokens.paths['controller-manager']}`, `--service-account-private-key-file=${keys.serviceAccountKey}`, `--root-ca-file=${keys.ca}`,
       '--node-monitor-grace-period=24s', '--use-service-account-credentials', '--leader-elect=false', '--controllers=*', '--kube-api-qps=100', '--kube-api-burst=200',
@@ -180,7 +180,7 @@ export class Cluster {
     await until(
       `the kubelet of ${node.name} to be back`,
       async () => Date.parse((await this.get('lease', node.name, '--namespace', 'kube-node-lease')).spec.renewTime) > began,
-      { timeoutMs: 120_000, everyMs: 500 },
+      { everyMs: 500 },
     );
     await this.untilReady(node);
   }
@@ -216,7 +216,7 @@ export class Cluster {
         const { status } = await this.get('node', node.name);
         return status.conditions.some(({ type, status: is }) => type === 'Ready' && is === 'True');
       },
-      { timeoutMs: 180_000, everyMs: 500 },
+      { everyMs: 500 },
     );
   }
 
@@ -228,6 +228,11 @@ export class Cluster {
 
   helm(args, options) {
     return run(tool('helm'), args, { ...options, env: { KUBECONFIG: this.#tokens.paths.admin, HOME: this.#directory } });
+  }
+
+  /** kubectl or helm with a command that waits by itself, for as long as specs do. */
+  waiting(args, tool = 'kubectl') {
+    return this[tool]([...args, '--timeout', `${patienceMs / 1000}s`], { timeoutMs: patienceMs + 10_000 });
   }
 
   /** Objects, by the words that kubectl would be given. One of those in `paths` costs a request, not a process: specs wait side by side. */

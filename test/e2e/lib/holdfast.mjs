@@ -32,7 +32,6 @@ export class Holdfast {
         const ready = items.filter((node) => node.spec.drivers?.some((driver) => driver.name === 'csi.holdfast.io' && (driver.topologyKeys ?? []).length > 0));
         return ready.length === this.#cluster.nodes.length;
       },
-      { timeoutMs: 60_000 },
     );
   }
 
@@ -40,22 +39,19 @@ export class Holdfast {
   async helm(action, ...more) {
     const values = join(this.#directory, 'values.json');
     writeFileSync(values, JSON.stringify(this.values()));
-    await this.#cluster.helm(
-      [action, 'holdfast', join(top, 'charts/holdfast'), '--namespace', namespace, '--values', values, '--wait', '--timeout', '150s', ...more],
-      { timeoutMs: 170_000 },
-    );
+    await this.#cluster.waiting([action, 'holdfast', join(top, 'charts/holdfast'), '--namespace', namespace, '--values', values, '--wait', ...more], 'helm');
   }
 
   /** Back to the values before the last upgrade. */
   async rollback() {
-    await this.#cluster.helm(['rollback', 'holdfast', '--namespace', namespace, '--wait', '--timeout', '150s'], { timeoutMs: 170_000 });
+    await this.#cluster.waiting(['rollback', 'holdfast', '--namespace', namespace, '--wait'], 'helm');
     await this.untilRolledOut();
   }
 
   /** Until every pod is one of the newest revision and ready. */
   async untilRolledOut() {
     for (const workload of ['daemonset/holdfast-node', 'deployment/holdfast-controller', 'statefulset/holdfast-metadata']) {
-      await this.#cluster.kubectl(['rollout', 'status', workload, '--namespace', namespace, '--timeout', '150s'], { timeoutMs: 160_000 });
+      await this.#cluster.waiting(['rollout', 'status', workload, '--namespace', namespace]);
     }
   }
 
@@ -94,14 +90,22 @@ export class Holdfast {
   }
 
   async uninstall() {
-    await until('all volumes to be gone', async () => (await this.cli('volume', 'list')).length === 0, { timeoutMs: 30_000, everyMs: 1000 });
-    await this.#cluster.helm(['uninstall', 'holdfast', '--namespace', namespace, '--wait', '--timeout', '90s'], { timeoutMs: 100_000 });
+    await until('all volumes to be gone', async () => (await this.cli('volume', 'list')).length === 0, { everyMs: 1000 });
+    await this.#cluster.waiting(['uninstall', 'holdfast', '--namespace', namespace, '--wait'], 'helm');
   }
 
   /** `holdfast …` in an agent's pod; what it prints as JSON. */
   async cli(...words) {
     const said = await this.#cluster.kubectl(['exec', '--namespace', namespace, 'daemonset/holdfast-node', '--container', 'agent', '--', 'holdfast', ...words, '--output', 'json']);
     return JSON.parse(said);
+  }
+
+  /** Takes away all that specs make. */
+  async sweep() {
+    for (const kind of ['statefulset', 'pod', 'volumegroupsnapshot', 'volumesnapshot', 'pvc']) {
+      await this.#cluster.waiting(['delete', kind, '--all']);
+    }
+    await until('the volumes of deleted claims to go', async () => !(await this.#cluster.get('pv')).items.some(({ spec }) => spec.csi !== undefined));
   }
 
   /** What a person would look at first, in one piece. */
@@ -146,7 +150,7 @@ export class Holdfast {
     await this.podWith(name, volumes, options);
   }
 
-  async podWith(name, volumes, { node, block = false, securityContext, timeoutMs = 90_000 } = {}) {
+  async podWith(name, volumes, { node, block = false, securityContext } = {}) {
     await this.#cluster.apply({
       apiVersion: 'v1',
       kind: 'Pod',
@@ -176,7 +180,6 @@ export class Holdfast {
         const { status } = await this.#cluster.get('pod', name);
         return status.phase === 'Running' && status.containerStatuses?.every((container) => container.ready);
       },
-      { timeoutMs },
     );
   }
 
@@ -186,11 +189,11 @@ export class Holdfast {
   }
 
   async deletePod(...names) {
-    await this.#cluster.kubectl(['delete', 'pod', ...names, '--timeout', '60s'], { timeoutMs: 70_000 });
+    await this.#cluster.waiting(['delete', 'pod', ...names]);
   }
 
   async deleteClaims(...names) {
-    await this.#cluster.kubectl(['delete', 'pvc', ...names, '--timeout', '60s'], { timeoutMs: 70_000 });
+    await this.#cluster.waiting(['delete', 'pvc', ...names]);
     await until('the volumes of deleted claims to go', async () => {
       const { items } = await this.#cluster.get('pv');
       return !items.some((pv) => names.includes(pv.spec.claimRef?.name));
@@ -204,7 +207,7 @@ export class Holdfast {
       metadata: { name, namespace: 'default' },
       spec: { volumeSnapshotClassName: snapshotClass, source: { persistentVolumeClaimName: claim } },
     });
-    await until(`snapshot ${name} to be ready`, async () => (await this.#cluster.get('volumesnapshot', name)).status?.readyToUse === true, { timeoutMs: 60_000 });
+    await until(`snapshot ${name} to be ready`, async () => (await this.#cluster.get('volumesnapshot', name)).status?.readyToUse === true);
   }
 
   /** Of the claims with these labels; the snapshot of each. */
@@ -215,15 +218,19 @@ export class Holdfast {
       metadata: { name, namespace: 'default' },
       spec: { volumeGroupSnapshotClassName: 'holdfast', source: { selector: { matchLabels } } },
     });
-    await until(`group snapshot ${name} to be ready`, async () => (await this.#cluster.get('volumegroupsnapshot', name)).status?.readyToUse === true, { timeoutMs: 60_000 });
-    const { items } = await this.#cluster.get('volumesnapshot');
-    return items
-      .filter(({ status }) => status?.volumeGroupSnapshotName === name)
-      .map(({ metadata, spec }) => ({ claim: spec.source.persistentVolumeClaimName, snapshot: metadata.name }));
+    await until(`group snapshot ${name} to be ready`, async () => (await this.#cluster.get('volumegroupsnapshot', name)).status?.readyToUse === true);
+    // The snapshot-controller writes into a member's status whose it is by itself, often after the group is ready.
+    const selector = Object.entries(matchLabels).map(([key, value]) => `${key}=${value}`).join(',');
+    const claims = (await this.#cluster.get('pvc', '--selector', selector)).items.length;
+    return await until(`the ${claims} members of group snapshot ${name}`, async () => {
+      const { items } = await this.#cluster.get('volumesnapshot');
+      const members = items.filter(({ status }) => status?.volumeGroupSnapshotName === name);
+      return members.length === claims && members.map(({ metadata, spec }) => ({ claim: spec.source.persistentVolumeClaimName, snapshot: metadata.name }));
+    });
   }
 
   async deleteSnapshot(name) {
-    await this.#cluster.kubectl(['delete', 'volumesnapshot', name, '--timeout', '60s'], { timeoutMs: 70_000 });
+    await this.#cluster.waiting(['delete', 'volumesnapshot', name]);
   }
 }
 

@@ -5,8 +5,11 @@ import { setTimeout as sleep } from 'node:timers/promises';
 
 export { sleep };
 
+/** How long a spec waits for what it expects, and for a program that it runs: a machine's bad minute fails nothing, a hang does. */
+export const patienceMs = 180_000;
+
 /** Runs a program to its end; its stdout. Throws with what it said on stderr. */
-export function run(command, args, { input, timeoutMs = 60_000, env, cwd } = {}) {
+export function run(command, args, { input, timeoutMs = patienceMs, env, cwd } = {}) {
   return new Promise((done, failed) => {
     const child = execFile(
       command,
@@ -32,7 +35,7 @@ export function start(command, args, log, { env } = {}) {
 }
 
 /** Repeats `look` until it gives something that counts as true. What it throws last is part of the error. */
-export async function until(what, look, { timeoutMs = 60_000, everyMs = 250 } = {}) {
+export async function until(what, look, { timeoutMs = patienceMs, everyMs = 250 } = {}) {
   const deadline = Date.now() + timeoutMs;
   let last = '';
   for (;;) {

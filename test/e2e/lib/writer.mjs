@@ -123,7 +123,7 @@ export class Writer {
   /** Throws unless it goes on and has never failed. */
   async assertGoesOn(what) {
     const before = this.flushed;
-    for (let i = 0; i < 100 && this.flushed <= before && !this.failed; i += 1) await sleep(100);
+    for (let i = 0; i < 300 && this.flushed <= before && !this.failed; i += 1) await sleep(100);
     assert.equal(this.failed, false, `${what}: a write failed: ${this.#read('error')}`);
     assert.ok(this.flushed > before, `${what}: writes stand still at ${before}`);
   }
@@ -145,7 +145,7 @@ export function assertJournal(journal, writers) {
 }
 
 /** The writer of pod NAME, once it runs and writes; of another one than the pod with the uid `not`. */
-export async function writing({ cluster }, name, { not, timeoutMs = 90_000 } = {}) {
+export async function writing({ cluster }, name, { not } = {}) {
   let writer;
   await until(
     `${name} to write`,
@@ -155,13 +155,13 @@ export async function writing({ cluster }, name, { not, timeoutMs = 90_000 } = {
       writer = new Writer(pod, cluster.nodes);
       return writer.flushed > writer.first;
     },
-    { timeoutMs, everyMs: 100 },
+    { everyMs: 100 },
   );
   return writer;
 }
 
 /** Takes a writing StatefulSet away, its volume too. */
 export async function takeAway({ cluster, holdfast }, ...names) {
-  await cluster.kubectl(['delete', 'statefulset', ...names, '--timeout', '60s'], { timeoutMs: 70_000 });
+  await cluster.waiting(['delete', 'statefulset', ...names]);
   await holdfast.deleteClaims(...names.map((name) => `data-${name}-0`));
 }

@@ -13,7 +13,7 @@ export const residueSpecs = [
     body: async ({ cluster }) => {
       const kinds = (await cluster.kubectl(['api-resources', '--verbs=list', '--output', 'name'])).trim().split('\n').filter((kind) => !/^events|metrics/.test(kind));
       const labelled = () => cluster.kubectl(['get', kinds.join(','), '--all-namespaces', '--selector', 'app.kubernetes.io/instance=holdfast', '--output', 'name']);
-      await until('labelled objects to go', async () => (await labelled()).trim() === '', { timeoutMs: 30_000, everyMs: 1000 }).catch(async () => assert.equal((await labelled()).trim(), ''));
+      await until('labelled objects to go', async () => (await labelled()).trim() === '', { everyMs: 1000 }).catch(async () => assert.equal((await labelled()).trim(), ''));
       const own = ['pods', 'secrets', 'configmaps', 'serviceaccounts', 'csistoragecapacities', 'replicasets', 'endpointslices'];
       const rest = (await cluster.kubectl(['get', own.join(','), '--namespace', namespace, '--output', 'name'])).trim().split('\n');
       assert.deepEqual(rest, ['configmap/kube-root-ca.crt', 'serviceaccount/default']);

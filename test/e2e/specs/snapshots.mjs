@@ -66,7 +66,7 @@ export const snapshotSpecs = [
       assert.ok(Number(await holdfast.sh('pair', 'cat /pair-b/count')) > b, 'the pod did not go on');
       await holdfast.deletePod('pair', 'pair-then');
       await holdfast.deleteClaims(...names, ...names.map((name) => `${name}-then`));
-      await cluster.kubectl(['delete', 'volumegroupsnapshot', 'pair', '--timeout', '60s'], { timeoutMs: 70_000 });
+      await cluster.waiting(['delete', 'volumegroupsnapshot', 'pair']);
     },
   },
 ];
