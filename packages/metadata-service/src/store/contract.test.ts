@@ -184,7 +184,8 @@ describe.each([
 
 describe('store values and keys', () => {
   it('decode what they encode', () => {
-    for (const value of ['#', '##1', '#1', 7n, [{ a: -1n }]] as Value[])
+    const odd = JSON.parse('{ "__proto__": "#1", "toString": ["#"], "#": "##" }') as Value;
+    for (const value of ['#', '##1', '#1', 7n, [{ a: -1n }], [[1n], 'a', [null, [2n]]], odd] as Value[])
       expect(decode(encode(value))).toEqual(value);
   });
 

@@ -7,6 +7,7 @@ import {
   readFileSync,
   readlinkSync,
   rmSync,
+  statSync,
   writeFileSync,
 } from 'node:fs';
 import { tmpdir } from 'node:os';
@@ -14,7 +15,7 @@ import { dirname, join } from 'node:path';
 import { fileURLToPath, pathToFileURL } from 'node:url';
 import { createInterface } from 'node:readline';
 import Database from 'better-sqlite3';
-import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import { afterAll, beforeAll, describe, expect, it, vi } from 'vitest';
 import { SqliteStore, schemaVersion } from './sqlite.ts';
 import type { Transaction } from './store.ts';
 
@@ -56,6 +57,23 @@ describe('the SQLite store', () => {
     const store = new SqliteStore(file);
     expect(store.read((tx) => tx.get('a'))).toBe(1);
     await store.close();
+  });
+
+  it('puts its log into the file when nothing is asked for, not while much is', async () => {
+    const file = path('rest.db');
+    const store = new SqliteStore(file);
+    const size = (): number => statSync(file).size;
+    const before = size();
+    for (let i = 0; i < 100; i += 1) await store.transact((tx) => tx.put(`key-${i}`, 'x'.repeat(10_000)));
+    expect(size()).toBe(before);
+    await vi.waitFor(() => expect(size()).toBeGreaterThan(before + 1_000_000), { timeout: 30_000 });
+    const pages = size();
+    await store.transact((tx) => tx.put('late', 'y'.repeat(100_000)));
+    await store.close();
+    expect(size()).toBeGreaterThan(pages);
+    const again = new SqliteStore(file);
+    expect(again.read((tx) => [tx.scan('key-').length, tx.get('late')])).toEqual([100, 'y'.repeat(100_000)]);
+    await again.close();
   });
 
   it('refuses a second opener of the same file', async () => {

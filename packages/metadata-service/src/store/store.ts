@@ -94,12 +94,24 @@ export function encode(value: Value): string {
 }
 
 export function decode(text: string): unknown {
-  // Without any marked text there is nothing to revive, and parsing is several times as fast.
-  if (!text.includes('"#')) return JSON.parse(text) as unknown;
-  return JSON.parse(text, (_key, item: unknown) => {
-    if (typeof item !== 'string' || !item.startsWith('#')) return item;
-    return item.startsWith('##') ? item.slice(1) : BigInt(item.slice(1));
-  });
+  const value: unknown = JSON.parse(text);
+  return text.includes('"#') ? revive(value) : value;
+}
+
+/** In place, for what JSON.parse() has just made: its own reviver takes three times as long. */
+function revive(value: unknown): unknown {
+  if (typeof value === 'string') {
+    if (!value.startsWith('#')) return value;
+    return value.startsWith('##') ? value.slice(1) : BigInt(value.slice(1));
+  }
+  if (typeof value !== 'object' || value === null) return value;
+  const items = value as Record<string, unknown>;
+  for (const key of Object.keys(items)) {
+    const item = items[key];
+    const revived = revive(item);
+    if (revived !== item) items[key] = revived;
+  }
+  return value;
 }
 
 /** The body of a transaction must not wait: what it awaited would run outside of it. */
