@@ -3,7 +3,7 @@ import { closeSync, constants, openSync, readSync } from 'node:fs';
 import { describe, expect, it } from 'vitest';
 import { call } from '@holdfast/common';
 import { native } from '@holdfast/native';
-import type { CsiCluster, CsiSnapshot, CsiVolume } from '../../src/harness/csi.ts';
+import { repeated, type CsiCluster, type CsiSnapshot, type CsiVolume } from '../../src/harness/csi.ts';
 import { long, pause, withCluster } from './cluster.ts';
 import { fio, iops } from './fio.ts';
 
@@ -40,7 +40,9 @@ function look(device: string): { sum: string; liveBytes: number } {
 }
 
 const allocated = async (cluster: CsiCluster, volume: CsiVolume): Promise<number> => {
-  const found = await call(cluster.metadata, cluster.metadata.GetVolume, { uuid: volume.uuid });
+  const found = await repeated('GetVolume', 60_000, () =>
+    call(cluster.metadata, cluster.metadata.GetVolume, { uuid: volume.uuid }),
+  );
   return Number(found.own_bytes) + Number(found.shared_bytes);
 };
 
@@ -58,10 +60,10 @@ async function untilStill(
     if (Date.now() > end) throw new Error(`still busy after ${timeoutMs / 1000} s, with ${size} bytes`);
     await pause(500);
     // All of them: strips and wipes are about layers, not about a volume.
-    const { records } = await call(cluster.metadata, cluster.metadata.ListAudit, {
-      after_sequence: after,
-      max_entries: 1000,
-    });
+    const from = after;
+    const { records } = await repeated('ListAudit', 60_000, () =>
+      call(cluster.metadata, cluster.metadata.ListAudit, { after_sequence: from, max_entries: 1000 }),
+    );
     for (const { event } of records) counts.set(event, (counts.get(event) ?? 0) + 1);
     const now = await allocated(cluster, volume);
     if (records.length > 0 || now !== size) since = Date.now();
