@@ -9,7 +9,7 @@ import { attach, destroy, openVolumeInfo, stage, startCluster, unstage } from '.
 import { closing, untilInterrupted } from './closing.mjs';
 import { fio, median, percentile, workloads } from './fio.mjs';
 import { besideSection, snapshotSection } from './snapshots.mjs';
-import { haveQsd, loopDisk, qsdVolume, sh, writtenFile } from './targets.mjs';
+import { barePath, haveQsd, loopDisk, qsdVolume, sh, writtenFile } from './targets.mjs';
 
 if (process.getuid() !== 0) {
   console.error('The bench uses loop devices and mounts and needs root. Run it again with sudo.');
@@ -36,8 +36,9 @@ async function fioSection(cluster) {
   const raw = loopDisk(join(directory, 'raw.disk'), volumeBytes);
   const qsdVersion = haveQsd();
   const qsd = qsdVersion === undefined ? undefined : await qsdVolume(join(directory, 'qsd'), volumeBytes);
+  const bare = await barePath(join(directory, 'bare'), volumeBytes);
   const volume = await attach(cluster, 1, directory, 'bench-written', volumeBytes);
-  const targets = [['raw', raw], ['holdfast', volume.device], ...(qsd ? [['qsd', qsd]] : [])];
+  const targets = [['raw', raw], ['holdfast', volume.device], ['bare', bare], ...(qsd ? [['qsd', qsd]] : [])];
   console.log(`Filling ${targets.map(([n]) => n).join(', ')} (${volumeBytes / GiB} GiB each)…`);
   for (const [, device] of targets) await fio(device, { rw: 'write', bs: '1m', iodepth: 8 }, { seconds: 0, bytes: volumeBytes });
 
@@ -57,13 +58,14 @@ async function fioSection(cluster) {
       };
     }
     row.ratio_raw = row.holdfast.iops / row.raw.iops;
+    row.ratio_bare = row.holdfast.iops / row.bare.iops;
     if (row.qsd) row.ratio_qsd = row.holdfast.iops / row.qsd.iops;
     results.push(row);
     console.log(`  ${name}: ${fmt(row.ratio_raw, 2)} of raw`);
   }
   table(
-    ['workload', 'raw IOPS', 'holdfast', 'qsd', 'of raw', 'of qsd'],
-    results.map((r) => [r.workload, fmt(r.raw.iops), fmt(r.holdfast.iops), r.qsd ? fmt(r.qsd.iops) : '-', fmt(r.ratio_raw, 2), r.ratio_qsd ? fmt(r.ratio_qsd, 2) : '-']),
+    ['workload', 'raw IOPS', 'holdfast', 'bare path', 'qsd', 'of raw', 'of bare', 'of qsd'],
+    results.map((r) => [r.workload, fmt(r.raw.iops), fmt(r.holdfast.iops), fmt(r.bare.iops), r.qsd ? fmt(r.qsd.iops) : '-', fmt(r.ratio_raw, 2), fmt(r.ratio_bare, 2), r.ratio_qsd ? fmt(r.ratio_qsd, 2) : '-']),
   );
   await unstage(cluster, volume);
   await destroy(cluster, volume);

@@ -1,8 +1,10 @@
-// The devices that are measured side by side: the raw loop disk, a Holdfast volume on such a disk, and
-// qemu-storage-daemon (qcow2, FUSE export, loop on top) on such a disk.
+// The devices that are measured side by side: the raw loop disk, a Holdfast volume on such a disk, the same path without a
+// volume (native/bench/bare_path.cc), and qemu-storage-daemon (qcow2, FUSE export, loop on top) on such a disk.
 import { execFileSync, spawn } from 'node:child_process';
 import { closeSync, mkdirSync, openSync, truncateSync } from 'node:fs';
 import { join } from 'node:path';
+import { createInterface } from 'node:readline';
+import { fileURLToPath } from 'node:url';
 import { closing } from './closing.mjs';
 
 export const sh = (command, ...args) => execFileSync(command, args, { encoding: 'utf8', stdio: ['ignore', 'pipe', 'pipe'] }).trim();
@@ -24,6 +26,23 @@ export function loopDisk(path, bytes) {
   closeSync(openSync(path, 'w'));
   truncateSync(path, bytes);
   return attachLoop(path);
+}
+
+/** A loop disk behind the engine's own path, without a map or a fence: what a volume could reach at most. */
+export async function barePath(directory, bytes) {
+  mkdirSync(directory, { recursive: true });
+  const disk = loopDisk(join(directory, 'bare.disk'), bytes);
+  const build = fileURLToPath(new URL('../native/build', import.meta.url));
+  sh('cmake', '--build', build, '--target', 'holdfast-bare-path');
+  const program = spawn(join(build, 'holdfast-bare-path'), [disk], { stdio: ['pipe', 'pipe', 'inherit'], detached: true });
+  const ended = new Promise((r) => program.once('exit', r));
+  closing(async () => {
+    program.stdin.end();
+    await ended;
+  });
+  const line = await Promise.race([new Promise((r) => createInterface(program.stdout).once('line', r)), ended]);
+  if (typeof line !== 'string') throw new Error('holdfast-bare-path ended before it had a device');
+  return line;
 }
 
 export function haveQsd() {

@@ -21,9 +21,6 @@ namespace {
 constexpr unsigned kAgreeMs = 10'000;
 constexpr unsigned kIdleMs = 10'000;  // between two looks
 constexpr unsigned kDrainMs = 2000;   // at a hand-over: what is held longer is sent again to the successor
-constexpr uint32_t kSectorSize = 4096;
-constexpr uint32_t kLoopRequests = 128;
-constexpr uint32_t kLoopAsyncDepth = 96;
 constexpr const char* kReason =
     "fuse: a loop device over the engine's FUSE file, which works on every kernel and in containers";
 

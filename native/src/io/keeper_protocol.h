@@ -67,6 +67,11 @@ struct KeeperLoop {
   char label[64];        // the loop device's file name field: whose it is
 };
 
+// What the engine asks for.
+inline constexpr uint32_t kSectorSize = 4096;
+inline constexpr uint32_t kLoopRequests = 128;
+inline constexpr uint32_t kLoopAsyncDepth = 96;
+
 struct KeeperAttach {
   char label[64];
   uint32_t sector_size;
