@@ -100,6 +100,7 @@ function kubernetes({ date, machine, kubernetes: version, passed, failed, figure
   const goal = (value, most) => (value === undefined ? '' : below(value, most, 's'));
   const claim = [...(f.claim_to_running_s ?? [])].sort((a, b) => a - b);
   const figures = [
+    ['the README\'s lines from a LUN to a running pod, one after another', f.readme_s, 300],
     ['a claim and its pod, made together, to running (median)', claim[claim.length >> 1], undefined],
     ['50 claims at once, to bound', f.claims_50_bound_s, undefined],
     ['15 of them with pods at once, to running', f.pods_15_running_s, undefined],

@@ -230,6 +230,12 @@ export class Cluster {
     return run(tool('helm'), args, { ...options, env: { KUBECONFIG: this.#tokens.paths.admin, HOME: this.#directory } });
   }
 
+  /** A script in which kubectl and helm are those of this cluster. It ends at the first line that fails. */
+  shell(script, options) {
+    const path = `${dirname(tool('kubectl'))}:${process.env.PATH}`;
+    return run('bash', ['-ec', script], { ...options, env: { PATH: path, KUBECONFIG: this.#tokens.paths.admin, HOME: this.#directory } });
+  }
+
   /** kubectl or helm with a command that waits by itself, for as long as specs do. */
   waiting(args, tool = 'kubectl') {
     return this[tool]([...args, '--timeout', `${patienceMs / 1000}s`], { timeoutMs: patienceMs + 10_000 });

@@ -1,7 +1,7 @@
 // Holdfast in a test cluster: a pool on the shared disk, the chart by the real helm, and the objects that specs are made of.
 import { join } from 'node:path';
-import { writeFileSync } from 'node:fs';
-import { run, until } from './shell.mjs';
+import { readFileSync, writeFileSync } from 'node:fs';
+import { until } from './shell.mjs';
 import { top } from './tools.mjs';
 
 export const namespace = 'holdfast-system';
@@ -21,10 +21,31 @@ export class Holdfast {
 
   // ------------------------------------------------------------------------------------------ chart
 
+  /**
+   * Runs the lines of the README that lead from a LUN to a running pod, as they stand there but for what only their reader knows (the LUN, a
+   * node's name) and what this cluster has not (a registry; a fencing class that needs nobody). How long it took, in seconds.
+   */
   async install() {
-    await run(process.execPath, [join(top, 'packages/cli/dist/main.js'), 'pool', 'format', this.#device, '--name', 'e2e', '--fencing', 'loop']);
-    await this.#cluster.kubectl(['label', 'node', 'node-1', 'holdfast.io/metadata=true']);
-    await this.helm('install', '--create-namespace');
+    const [, lines] = /\n## From a LUN to a running pod.*?\n```sh\n(.*?)```/s.exec(readFileSync(join(top, 'README.md'), 'utf8'));
+    const mine = {
+      '/dev/mapper/lun0': this.#device,
+      'label node NODE': 'label node node-1',
+      '--fencing manual': '--fencing loop',
+      'charts/holdfast -n': `charts/holdfast --values ${this.#writeValues()} -n`,
+      'image: busybox': `image: ${testImage}`,
+    };
+    const script = Object.entries(mine).reduce((text, [from, to]) => {
+      if (!text.includes(from)) throw new Error(`The README's lines say nothing of ${from} any more`);
+      return text.replaceAll(from, to);
+    }, lines);
+    const began = performance.now();
+    await this.#cluster.shell(script, { cwd: top, timeoutMs: 600_000 });
+    await this.untilRuns('hello');
+    const took = (performance.now() - began) / 1000;
+    await this.sh('hello', 'echo hello > /data/hello && sync');
+    await this.deletePod('hello');
+    await this.deleteClaims('hello');
+    await this.untilRolledOut();
     await until(
       'every node to know the pool',
       async () => {
@@ -33,13 +54,18 @@ export class Holdfast {
         return ready.length === this.#cluster.nodes.length;
       },
     );
+    return took;
+  }
+
+  #writeValues() {
+    const path = join(this.#directory, 'values.json');
+    writeFileSync(path, JSON.stringify(this.values()));
+    return path;
   }
 
   /** `helm install` or `helm upgrade`, with the values of these tests. */
   async helm(action, ...more) {
-    const values = join(this.#directory, 'values.json');
-    writeFileSync(values, JSON.stringify(this.values()));
-    await this.#cluster.waiting([action, 'holdfast', join(top, 'charts/holdfast'), '--namespace', namespace, '--values', values, '--wait', ...more], 'helm');
+    await this.#cluster.waiting([action, 'holdfast', join(top, 'charts/holdfast'), '--namespace', namespace, '--values', this.#writeValues(), '--wait', ...more], 'helm');
   }
 
   /** Back to the values before the last upgrade. */
@@ -174,13 +200,14 @@ export class Holdfast {
         volumes,
       },
     });
-    await until(
-      `pod ${name} to run`,
-      async () => {
-        const { status } = await this.#cluster.get('pod', name);
-        return status.phase === 'Running' && status.containerStatuses?.every((container) => container.ready);
-      },
-    );
+    await this.untilRuns(name);
+  }
+
+  async untilRuns(pod) {
+    await until(`pod ${pod} to run`, async () => {
+      const { status } = await this.#cluster.get('pod', pod);
+      return status.phase === 'Running' && status.containerStatuses?.every((container) => container.ready);
+    });
   }
 
   /** Runs a shell command in a pod; its stdout, trimmed. */

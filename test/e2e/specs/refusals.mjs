@@ -11,6 +11,7 @@ export const refusalSpecs = [
       const values = ['tls.mode=existingSecrets', 'tls.existingSecrets.metadata=half', 'tls.existingSecrets.controller=absent', 'tls.existingSecrets.node=absent', 'metadataService.existingClaim=absent'];
       const said = await holdfast.helm('install', '--dry-run=server', ...values.flatMap((value) => ['--set', value])).then(() => 'nothing', (error) => error.message);
       await cluster.kubectl(['delete', 'secret', 'half', '--namespace', namespace]);
+      await cluster.waiting(['delete', 'namespace', namespace]);
       assert.match(said, /Secret half \(tls\.existingSecrets\.metadata\) has no ca\.crt/);
       assert.match(said, /tls\.existingSecrets\.controller names Secret absent, which is not in namespace holdfast-system\. Create it first/);
       assert.match(said, /metadataService\.existingClaim names claim absent, which is not in namespace holdfast-system/);
