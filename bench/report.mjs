@@ -25,7 +25,7 @@ const lines = [
   'Made from `bench/results/latest.json` by `node bench/report.mjs`; the figures by `make bench`. Each workload runs on the raw loop disk, on a written',
   'Holdfast volume, on the same path without a volume (FUSE, workers, io_uring and loop device as the engine has them, blocks where they are asked for:',
   'no map, no fence, native/bench/bare_path.cc) and on qemu-storage-daemon (qcow2 with preallocated metadata, FUSE export, loop on top), one after the',
-  `other, round by round (${r.settings.rounds} rounds of ${r.settings.seconds} s, volumes of ${r.settings.volume_gib} GiB); the table has medians. Ratios count more than figures: the machine`,
+  `other, turn by turn (${r.settings.turns.count} turns of ${r.settings.turns.seconds} s, volumes of ${r.settings.volume_gib} GiB); the table has medians, of the ratios within a turn too. Ratios count more than figures: the machine`,
   'is a small shared one, and its disk is noisy.',
   '',
   `Machine: ${r.machine.cores} cores (${r.machine.cpu}), ${r.machine.memory_gib} GiB, kernel ${r.machine.kernel.replace(/-.*/, '')}, Node ${r.machine.node}, ${r.machine.fio}; ` +

@@ -21,6 +21,8 @@ const wants = (part) => only === undefined || only.includes(part);
 const rounds = Number(process.env.BENCH_ROUNDS ?? (quick ? 1 : 5));
 const seconds = quick ? 2 : 4;
 const GiB = 2 ** 30;
+/** Many short turns: what a shared disk gives changes within seconds, and those that are compared must have had the same. */
+const turns = { count: rounds * 3, seconds: Math.max(1, Math.round(seconds / 3)) };
 const volumeBytes = (quick ? 1 : 4) * GiB;
 const directory = mkdtempSync(join(process.env.BENCH_DIR ?? tmpdir(), 'holdfast-bench-'));
 closing(() => rmSync(directory, { recursive: true, force: true }));
@@ -45,8 +47,8 @@ async function fioSection(cluster) {
   const results = [];
   for (const [name, workload] of Object.entries(workloads)) {
     const runs = Object.fromEntries(targets.map(([n]) => [n, []]));
-    for (let round = 0; round < rounds; round++) {
-      for (const [target, device] of targets) runs[target].push(await fio(device, workload, { seconds, bytes: volumeBytes }));
+    for (let turn = 0; turn < turns.count; turn++) {
+      for (const [target, device] of targets) runs[target].push(await fio(device, workload, { seconds: turns.seconds, bytes: volumeBytes }));
     }
     const row = { workload: name };
     for (const [target] of targets) {
@@ -57,9 +59,10 @@ async function fioSection(cluster) {
         all_iops: runs[target].map((r) => Math.round(r.iops)),
       };
     }
-    row.ratio_raw = row.holdfast.iops / row.raw.iops;
-    row.ratio_bare = row.holdfast.iops / row.bare.iops;
-    if (row.qsd) row.ratio_qsd = row.holdfast.iops / row.qsd.iops;
+    const of = (other) => median(runs.holdfast.map((r, turn) => r.iops / runs[other][turn].iops));
+    row.ratio_raw = of('raw');
+    row.ratio_bare = of('bare');
+    if (row.qsd) row.ratio_qsd = of('qsd');
     results.push(row);
     console.log(`  ${name}: ${fmt(row.ratio_raw, 2)} of raw`);
   }
@@ -260,7 +263,7 @@ const machine = {
   node: process.version,
   fio: sh('fio', '--version'),
 };
-const report = { date: new Date().toISOString().slice(0, 10), machine, settings: { rounds, seconds, volume_gib: volumeBytes / GiB, quick } };
+const report = { date: new Date().toISOString().slice(0, 10), machine, settings: { rounds, seconds, turns, volume_gib: volumeBytes / GiB, quick } };
 async function all() {
   console.log('Starting a one-node Holdfast on a sparse loop disk…');
   // What stands before the data is written beforehand: page by page, the file system below would scatter it over the disk, and
@@ -308,7 +311,7 @@ async function all() {
     }
   }
   // Of a part that was measured alone only its figures are new: how the others were measured stays.
-  const settings = previous.settings ?? report.settings;
+  const settings = wants('fio') ? report.settings : (previous.settings ?? report.settings);
   const machine = { ...previous.machine, ...report.machine };
   writeFileSync(out, `${JSON.stringify({ ...previous, ...report, machine, settings }, null, 2)}\n`);
   console.log(`Written to bench/results/latest.json`);
