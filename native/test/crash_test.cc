@@ -64,6 +64,7 @@ INSTANTIATE_TEST_SUITE_P(
                       Failed{92, "a wipe wrote over both copies of a page at once"},
                       Failed{371, "a slab that a cut found empty went while a read was in it"},
                       Failed{952, "a forgotten slab that was empty came back with a take-over"},
+                      Failed{4756, "a claim made again after a cut kept the volume from opening when its copy was damaged"},
                       Failed{6036, "a torn page copy was made whole by another torn write"}));
 
 }  // namespace

@@ -824,5 +824,36 @@ TEST(DataHazard, ADamagedCopyIsToldOfAlsoWhereTheOtherOneIsEmpty) {
   EXPECT_TRUE(bench.observer.has_event("copy B of the page of slab 0"));
 }
 
+// A claim that was cut off, made again after a cut for the layer on top since, and cut off once more: one copy names the old top, and
+// the one that named the new top is damaged. Were there anything in the slab, both would name the new top.
+TEST(DataHazard, AnUnfinishedClaimOfAnOlderTopIsMadeAgainWhereTheNewerCopyIsDamaged) {
+  for (const bool holds_data : {false, true}) {
+    Chain bench(0);
+    ASSERT_TRUE(bench.open().ok());
+    ASSERT_EQ(bench.write(0, kChunk, 1), 0);
+    bench.freeze();
+    const uint64_t top = bench.spec.layers[0].layer_id;
+    const uint64_t slab = 40;
+    SlabPage old = page_of(bench, slab, 0, 1, 0, 5);
+    old.layer_id = bench.spec.layers[1].layer_id;
+    old.volume_id = bench.spec.volume_id;
+    if (holds_data) old.entries[0] = {3, 1, 0};
+    seal(old, kPoolUuid, bench.page_address(slab, 0), 5);
+    bench.raw_write(bench.page_address(slab, 0), &old, sizeof old);
+    bench.raw_write(bench.page_address(slab, 1), &old, sizeof old);
+    bench.damage(bench.page_address(slab, 1));
+    bench.spec.layers[0].slabs.push_back({slab, 1, 1});
+    const Status status = bench.open();
+    EXPECT_EQ(status.ok(), !holds_data) << status.message;
+    if (!status.ok()) continue;
+    EXPECT_TRUE(bench.observer.has_event("copy B of the page of slab 40"));
+    ASSERT_EQ(bench.write(kChunk, kChunk, 2), 0);
+    for (uint32_t copy = 0; copy < 2; copy++) EXPECT_EQ(bench.page(slab, copy).layer_id, top);
+    EXPECT_TRUE(bench.reads(0, kChunk, 1));
+    EXPECT_TRUE(bench.reads(kChunk, kChunk, 2));
+    ASSERT_TRUE(bench.abort().ok());
+  }
+}
+
 }  // namespace
 }  // namespace holdfast::test

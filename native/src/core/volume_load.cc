@@ -166,7 +166,14 @@ void VolumeOpener::have_pair(const Granted& granted, const SlabPage& a, const Sl
     if (!has_image) return keep_unclaimed(granted);
     return fail(Code::kCorrupt, slab_name + " has changes in memory but no valid page on the disk");
   }
-  if (newest->layer_id != layer.layer_id) {
+  const SlabPage& other = copies.newest == 0 ? b : a;
+  const PageState other_state = copies.state[1 - copies.newest];
+  // A claim that was not finished, made again after a cut for the layer that is on top since: the copy that named this one is damaged.
+  // Nothing can be in the slab, for both copies name a layer before anything goes in.
+  const bool remade = newest->layer_id != layer.layer_id && !has_image && other_state != PageState::kOk && empty(*newest) &&
+                      std::any_of(spec_.layers.begin() + granted.layer, spec_.layers.end(),
+                                  [&](const LayerSpec& one) { return one.layer_id == newest->layer_id; });
+  if (newest->layer_id != layer.layer_id && !remade) {
     return fail(Code::kCorrupt, slab_name + " is granted as layer " + std::to_string(layer.layer_id) +
                                     "'s, but its page names layer " + std::to_string(newest->layer_id) +
                                     ". Run `holdfast pool check`");
@@ -176,8 +183,6 @@ void VolumeOpener::have_pair(const Granted& granted, const SlabPage& a, const Sl
     return fail(Code::kStale, slab_name + " was written under epoch " + std::to_string(newest->epoch) +
                                   ", newer than the grant's " + std::to_string(spec_.epoch));
   }
-  const SlabPage& other = copies.newest == 0 ? b : a;
-  const PageState other_state = copies.state[1 - copies.newest];
   const bool other_current =
       other_state == PageState::kOk && other.generation == granted.generation && other.layer_id == newest->layer_id;
   // Half a claim, in which nothing can be yet; unless the other copy is damaged and was more than that: who knows.
@@ -202,7 +207,7 @@ void VolumeOpener::have_pair(const Granted& granted, const SlabPage& a, const Sl
                   : ". It maps parts of bytes " + std::to_string(uint64_t{low} * format::kChunkSize) + " to " +
                         std::to_string((uint64_t{high} + 1) * format::kChunkSize) + " of the volume"));
   }
-  if (half_claimed) return keep_unclaimed(granted);
+  if (half_claimed || remade) return keep_unclaimed(granted);
   if (other_state == PageState::kBadCrc && granted.layer == 0 && !spec_.read_only) {
     torn_.push_back(address + (copies.newest == 0 ? kPageSize : 0));
   }
