@@ -12,10 +12,11 @@
 
 #include <cerrno>
 #include <cstdio>
-#include <cstring>
 #include <cstdlib>
+#include <cstring>
 #include <new>
 
+#include "core/plain_volume.h"
 #include "io/fuse_session.h"
 #include "io/uring_device.h"
 #include "loop_device.h"
@@ -25,7 +26,7 @@ namespace {
 
 constexpr unsigned kWorkers = 2;
 
-class BareVolume final : public Volume {
+class BareVolume final : public PlainVolume {
  public:
   explicit BareVolume(BlockDevice& device) : device_(device) {}
 
@@ -63,16 +64,6 @@ class BareVolume final : public Volume {
     };
     device_.submit(&io->io);
   }
-  void grow(uint64_t, Done) override {}
-  void hold(uint64_t, Done) override {}
-  void release(Done) override {}
-  void cut(const LayerSpec&, const SnapshotInfo&, uint64_t, CutDone) override {}
-  void forget(const std::vector<SlabRun>&, const std::vector<uint64_t>&, Done) override {}
-  void learn(const LayerSlabs&, Done) override {}
-  void compact(const std::vector<LayerSlabs>&, uint32_t, uint64_t, CompactDone) override {}
-  void close(Done) override {}
-  void abort(Done) override {}
-  VolumeStats stats() const override { return {}; }
 
  private:
   struct Refused : Task {

@@ -18,6 +18,7 @@
 #include <string>
 #include <vector>
 
+#include "core/plain_volume.h"
 #include "io/worker.h"
 
 namespace holdfast::test {
@@ -28,7 +29,7 @@ constexpr size_t kWrite = 1u << 20;
 constexpr int kWriters = 4;
 
 // Takes everything and keeps nothing.
-class Sink final : public Volume {
+class Sink final : public PlainVolume {
  public:
   void submit(VolumeRequest* request) override {
     auto* answer = new (request->scratch) Answer;
@@ -40,16 +41,6 @@ class Sink final : public Volume {
     };
     Executor::current()->post(answer);
   }
-  void grow(uint64_t, Done) override {}
-  void hold(uint64_t, Done) override {}
-  void release(Done) override {}
-  void cut(const LayerSpec&, const SnapshotInfo&, uint64_t, CutDone) override {}
-  void forget(const std::vector<SlabRun>&, const std::vector<uint64_t>&, Done) override {}
-  void learn(const LayerSlabs&, Done) override {}
-  void compact(const std::vector<LayerSlabs>&, uint32_t, uint64_t, CompactDone) override {}
-  void close(Done) override {}
-  void abort(Done) override {}
-  VolumeStats stats() const override { return {}; }
 
  private:
   struct Answer : Task {
