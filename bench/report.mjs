@@ -5,7 +5,6 @@ const at = (path) => new URL(path, import.meta.url);
 const r = JSON.parse(readFileSync(at('results/latest.json'), 'utf8'));
 const n = (value, digits = 0) =>
   value.toLocaleString('en-US', { maximumFractionDigits: digits, minimumFractionDigits: digits });
-const turns = r.settings.turns ?? { count: r.settings.rounds, seconds: r.settings.seconds };
 const row = (cells) => `| ${cells.join(' | ')} |`;
 const goals = {
   'randread-4k-qd1': 0.45,
@@ -26,7 +25,7 @@ const lines = [
   'Made from `bench/results/latest.json` by `node bench/report.mjs`; the figures by `make bench`. Each workload runs on the raw loop disk, on a written',
   'Holdfast volume, on the same path without a volume (FUSE, workers, io_uring and loop device as the engine has them, blocks where they are asked for:',
   'no map, no fence, native/bench/bare_path.cc) and on qemu-storage-daemon (qcow2 with preallocated metadata, FUSE export, loop on top), one after the',
-  `other, turn by turn (${turns.count} turns of ${turns.seconds} s, volumes of ${r.settings.volume_gib} GiB); the table has medians, of the ratios within a turn too. Ratios count more than figures: the machine`,
+  `other, turn by turn (${r.settings.turns.count} turns of ${r.settings.turns.seconds} s, volumes of ${r.settings.volume_gib} GiB); the table has medians, of the ratios within a turn too. Ratios count more than figures: the machine`,
   'is a small shared one, and its disk is noisy.',
   '',
   `Machine: ${r.machine.cores} cores (${r.machine.cpu}), ${r.machine.memory_gib} GiB, kernel ${r.machine.kernel.replace(/-.*/, '')}, Node ${r.machine.node}, ${r.machine.fio}; ` +
@@ -41,7 +40,7 @@ const lines = [
   row(['workload', 'raw IOPS', 'Holdfast', 'bare path', 'qemu-storage-daemon', 'of raw', 'goal', 'of the bare path', 'of qsd']),
   row(['---', '--:', '--:', '--:', '--:', '--:', '---', '--:', '--:']),
   ...(r.fio ?? []).map((f) =>
-    row([f.workload, n(f.raw.iops), n(f.holdfast.iops), f.bare ? n(f.bare.iops) : '-', f.qsd ? n(f.qsd.iops) : '-', n(f.ratio_raw, 2), verdict(f.ratio_raw, goals[f.workload]), f.ratio_bare ? n(f.ratio_bare, 2) : '-', f.ratio_qsd ? n(f.ratio_qsd, 2) : '-']),
+    row([f.workload, n(f.raw.iops), n(f.holdfast.iops), n(f.bare.iops), f.qsd ? n(f.qsd.iops) : '-', n(f.ratio_raw, 2), verdict(f.ratio_raw, goals[f.workload]), n(f.ratio_bare, 2), f.ratio_qsd ? n(f.ratio_qsd, 2) : '-']),
   ),
   '',
 ];

@@ -514,7 +514,7 @@ class Checker {
     const PageState state = copies.state[1 - copies.newest];
     if (state == PageState::kOk && other.generation == page.generation && other.layer_id != 0) return false;
     if (state != PageState::kOk && state != PageState::kBlank && state != PageState::kBadCrc) return false;
-    return empty(page);
+    return is_empty(page);
   }
 
   // Of two damaged copies, one whose header looks right: good enough to name the volume, not to follow.
@@ -554,11 +554,6 @@ class Checker {
     const auto found = layers_.find(child);
     return found != layers_.end() && found->second.info.parent_layer_id == parent;
   }
-  static bool empty(const SlabPage& page) {
-    return page.hole_count == 0 && std::all_of(std::begin(page.entries), std::end(page.entries), [](const auto& entry) {
-             return entry.logical_chunk == format::kNoChunk;
-           });
-  }
 
   void check_copies(uint64_t slab, const SlabPage& a, const SlabPage& b, const Copies& copies, const LayerSeen* layer) {
     const bool settled = layer != nullptr && layer->settled;
@@ -573,7 +568,7 @@ class Checker {
       return;
     }
     if (a.generation == b.generation && a.layer_id != b.layer_id && a.layer_id != 0 && b.layer_id != 0) {
-      if (empty(a) && empty(b) && (is_parent(a.layer_id, b.layer_id) || is_parent(b.layer_id, a.layer_id))) {
+      if (is_empty(a) && is_empty(b) && (is_parent(a.layer_id, b.layer_id) || is_parent(b.layer_id, a.layer_id))) {
         find_slab(Severity::kInfo, "slab-claim-torn", slab, &page,
                   "claiming it for another layer of its volume was interrupted before any data could follow");
         return;

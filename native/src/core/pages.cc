@@ -141,6 +141,12 @@ Copies choose_record(const void* a, const void* b, uint32_t magic, const format:
   return copies;
 }
 
+bool is_empty(const SlabPage& page) {
+  return page.hole_count == 0 && std::all_of(std::begin(page.entries), std::end(page.entries), [](const auto& entry) {
+           return entry.logical_chunk == format::kNoChunk;
+         });
+}
+
 Copies choose_slab(const SlabPage& a, const SlabPage& b, const format::Uuid& pool, uint64_t address_a) {
   Copies copies;
   copies.state[0] = verify(a, pool, address_a);

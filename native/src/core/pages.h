@@ -112,6 +112,9 @@ Copies choose_record(const Page& a, const Page& b, const format::Uuid& pool, uin
   return choose_record(&a, &b, kMagicOf<Page>, pool, address_a, address_a + format::kPageSize);
 }
 
+// Maps nothing and hides nothing: as a claim leaves it.
+bool is_empty(const format::SlabPage& page);
+
 // Slab pages: the valid copy with the larger (generation, flush number), so an old owner's page never wins by a high
 // flush number.
 Copies choose_slab(const format::SlabPage& a, const format::SlabPage& b, const format::Uuid& pool, uint64_t address_a);

@@ -170,7 +170,7 @@ void VolumeOpener::have_pair(const Granted& granted, const SlabPage& a, const Sl
   const PageState other_state = copies.state[1 - copies.newest];
   // A claim that was not finished, made again after a cut for the layer that is on top since: the copy that named this one is damaged.
   // Nothing can be in the slab, for both copies name a layer before anything goes in.
-  const bool remade = newest->layer_id != layer.layer_id && !has_image && other_state != PageState::kOk && empty(*newest) &&
+  const bool remade = newest->layer_id != layer.layer_id && !has_image && other_state != PageState::kOk && is_empty(*newest) &&
                       std::any_of(spec_.layers.begin() + granted.layer, spec_.layers.end(),
                                   [&](const LayerSpec& one) { return one.layer_id == newest->layer_id; });
   if (newest->layer_id != layer.layer_id && !remade) {
@@ -186,7 +186,7 @@ void VolumeOpener::have_pair(const Granted& granted, const SlabPage& a, const Sl
   const bool other_current =
       other_state == PageState::kOk && other.generation == granted.generation && other.layer_id == newest->layer_id;
   // Half a claim, in which nothing can be yet; unless the other copy is damaged and was more than that: who knows.
-  const bool half_claimed = !other_current && !has_image && granted.layer == 0 && empty(*newest);
+  const bool half_claimed = !other_current && !has_image && granted.layer == 0 && is_empty(*newest);
   if (half_claimed && (other_state == PageState::kOk || other_state == PageState::kBlank)) {
     return keep_unclaimed(granted);
   }
@@ -214,12 +214,6 @@ void VolumeOpener::have_pair(const Granted& granted, const SlabPage& a, const Sl
   load(granted, *newest, copies, other_current ? &other : nullptr,
        has_image ? &environment_.arena->image(image->second.slot) : nullptr,
        has_image ? image->second.slot : PageArena::kNone);
-}
-
-bool VolumeOpener::empty(const SlabPage& page) {
-  if (page.hole_count > 0) return false;
-  return std::all_of(std::begin(page.entries), std::end(page.entries),
-                     [](const SlabEntry& entry) { return entry.logical_chunk == kNoChunk; });
 }
 
 void VolumeOpener::keep_unclaimed(const Granted& granted) {

@@ -99,7 +99,6 @@ class VolumeOpener {
   VolumeImpl::Layer& layer_of(uint32_t granted) {
     return volume_->layers_[spec_layers_ - 1 - granted];
   }
-  static bool empty(const format::SlabPage& page);
   void keep_unclaimed(const Granted& granted);
   std::string nonsense(const format::SlabPage& page, bool image) const;
   void load(const Granted& granted, const format::SlabPage& disk, const Copies& copies, const format::SlabPage* older,

@@ -222,18 +222,22 @@ export class Cluster {
 
   // ------------------------------------------------------------------------------------------ kubectl
 
+  get #env() {
+    return { KUBECONFIG: this.#tokens.paths.admin, HOME: this.#directory };
+  }
+
   kubectl(args, options) {
-    return run(tool('kubectl'), args, { ...options, env: { KUBECONFIG: this.#tokens.paths.admin, HOME: this.#directory } });
+    return run(tool('kubectl'), args, { ...options, env: this.#env });
   }
 
   helm(args, options) {
-    return run(tool('helm'), args, { ...options, env: { KUBECONFIG: this.#tokens.paths.admin, HOME: this.#directory } });
+    return run(tool('helm'), args, { ...options, env: this.#env });
   }
 
   /** A script in which kubectl and helm are those of this cluster. It ends at the first line that fails. */
   shell(script, options) {
     const path = `${dirname(tool('kubectl'))}:${process.env.PATH}`;
-    return run('bash', ['-ec', script], { ...options, env: { PATH: path, KUBECONFIG: this.#tokens.paths.admin, HOME: this.#directory } });
+    return run('bash', ['-ec', script], { ...options, env: { ...this.#env, PATH: path } });
   }
 
   /** kubectl or helm with a command that waits by itself, for as long as specs do. */

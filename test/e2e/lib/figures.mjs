@@ -13,7 +13,9 @@ export class Figures {
   record(name, value, { goal } = {}) {
     const round = (seconds) => Math.round(seconds * 10) / 10;
     this.all[name] = Array.isArray(value) ? value.map(round) : round(value);
-    if (goal !== undefined) console.log(`      ${name}: ${[value].flat().map(round).join(', ')} s, goal ${goal}${Math.max(...[value].flat()) < goal ? '' : ': MISSED'}`);
+    if (goal === undefined) return;
+    const tries = [value].flat();
+    console.log(`      ${name}: ${tries.map(round).join(', ')} s, goal ${goal}${Math.max(...tries) < goal ? '' : ': MISSED'}`);
   }
 }
 

@@ -131,7 +131,7 @@ export class Holdfast {
     for (const kind of ['statefulset', 'pod', 'volumegroupsnapshot', 'volumesnapshot', 'pvc']) {
       await this.#cluster.waiting(['delete', kind, '--all']);
     }
-    await until('the volumes of deleted claims to go', async () => !(await this.#cluster.get('pv')).items.some(({ spec }) => spec.csi !== undefined));
+    await this.#untilGone((pv) => pv.spec.csi !== undefined);
   }
 
   /** What a person would look at first, in one piece. */
@@ -221,10 +221,11 @@ export class Holdfast {
 
   async deleteClaims(...names) {
     await this.#cluster.waiting(['delete', 'pvc', ...names]);
-    await until('the volumes of deleted claims to go', async () => {
-      const { items } = await this.#cluster.get('pv');
-      return !items.some((pv) => names.includes(pv.spec.claimRef?.name));
-    });
+    await this.#untilGone((pv) => names.includes(pv.spec.claimRef?.name));
+  }
+
+  #untilGone(isOne) {
+    return until('the volumes of deleted claims to go', async () => !(await this.#cluster.get('pv')).items.some(isOne));
   }
 
   async snapshot(name, claim, snapshotClass = 'holdfast') {

@@ -166,7 +166,7 @@ export class SqliteStore implements Store {
   }
 
   #checkpoint(): void {
-    if (this.#closed || this.#commitsInLog < restingCommits) return;
+    if (this.#commitsInLog < restingCommits) return;
     this.#commitsInLog = 0;
     // Where it fails nothing is lost: the log stays as it is, and a commit says what is wrong with the disk.
     try {
