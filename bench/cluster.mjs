@@ -5,6 +5,7 @@ import { join } from 'node:path';
 import * as grpc from '@grpc/grpc-js';
 import { call } from '../packages/common/dist/index.js';
 import { closing } from './closing.mjs';
+import { renewFreeLoops } from './targets.mjs';
 import { csi, holdfast } from '../packages/proto/dist/index.js';
 
 const insecure = grpc.credentials.createInsecure();
@@ -12,6 +13,7 @@ const insecure = grpc.credentials.createInsecure();
 /** With `reclaimSeconds`, what deleted snapshots leave behind is looked at that often instead of every half minute. */
 export async function startCluster(directory, { nodes = 1, size, reclaimSeconds }) {
   mkdirSync(directory, { recursive: true });
+  renewFreeLoops(); // one of them becomes its disk
   const cli = new URL('../packages/cli/dist/main.js', import.meta.url).pathname;
   const reclaim = reclaimSeconds === undefined ? [] : ['--reclaim-interval', String(reclaimSeconds)];
   const child = spawn(process.execPath, [cli, 'dev', 'up', '--dir', directory, '--nodes', String(nodes), '--size', size, ...reclaim], {

@@ -1,7 +1,7 @@
 // The devices that are measured side by side: the raw loop disk, a Holdfast volume on such a disk, the same path without a
 // volume (native/bench/bare_path.cc), and qemu-storage-daemon (qcow2, FUSE export, loop on top) on such a disk.
 import { execFileSync, spawn } from 'node:child_process';
-import { closeSync, mkdirSync, openSync, truncateSync } from 'node:fs';
+import { closeSync, existsSync, mkdirSync, openSync, readdirSync, truncateSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { createInterface } from 'node:readline';
 import { fileURLToPath } from 'node:url';
@@ -14,8 +14,21 @@ export function writtenFile(path, bytes) {
   sh('dd', 'if=/dev/zero', `of=${path}`, 'bs=4M', `count=${bytes / (4 << 20)}`, 'oflag=direct', 'conv=fsync', 'status=none');
 }
 
+/**
+ * Gives every free loop device the queue settings that the kernel gives a new one. They belong to its number, so it has
+ * those of whoever had it before, and a raw disk would be measured with a scheduler or without by chance.
+ */
+export function renewFreeLoops() {
+  const renewed = { scheduler: 'none', nr_requests: '128', rq_affinity: '1', nomerges: '0' };
+  for (const name of readdirSync('/sys/block')) {
+    if (!/^loop\d+$/.test(name) || existsSync(`/sys/block/${name}/loop/backing_file`)) continue;
+    for (const [setting, value] of Object.entries(renewed)) writeFileSync(`/sys/block/${name}/queue/${setting}`, value);
+  }
+}
+
 /** A loop device with direct I/O over the file, until the bench ends. */
 function attachLoop(path) {
+  renewFreeLoops();
   const device = sh('losetup', '--find', '--show', '--direct-io=on', '--sector-size', '4096', path);
   closing(() => sh('losetup', '-d', device));
   return device;

@@ -49,10 +49,55 @@ bool write_setting(int number, const char* setting, const char* value) {
   return ok;
 }
 
-bool write_setting(int number, const char* setting, uint32_t value) {
-  char text[16];
-  std::snprintf(text, sizeof text, "%u", value);
-  return write_setting(number, setting, text);
+template <size_t kSize>
+void read_setting(int number, const char* setting, char (&value)[kSize]) {
+  value[0] = 0;
+  char path[128];
+  std::snprintf(path, sizeof path, "/sys/block/loop%d/queue/%s", number, setting);
+  const int fd = open(path, O_RDONLY | O_CLOEXEC);
+  if (fd < 0) return;
+  char text[256];
+  const ssize_t length = read(fd, text, sizeof text - 1);
+  close(fd);
+  if (length <= 0) return;
+  text[length] = 0;
+  // The one that is chosen stands in brackets, as in "none [mq-deadline]".
+  const char* begin = std::strchr(text, '[');
+  const char* end = begin != nullptr ? std::strchr(begin, ']') : nullptr;
+  if (end != nullptr) {
+    ++begin;
+  } else {
+    begin = text;
+    end = text + std::strcspn(text, "\n");
+  }
+  const size_t size = size_t(end - begin);
+  if (size >= kSize) return;
+  std::memcpy(value, begin, size);
+  value[size] = 0;
+}
+
+bool write_async_depth(int number, const char* value) {
+  return write_setting(number, "iosched/async_depth", value) || write_setting(number, "async_depth", value);
+}
+
+LoopQueue read_queue(int number) {
+  LoopQueue queue;
+  read_setting(number, "scheduler", queue.scheduler);
+  read_setting(number, "nr_requests", queue.nr_requests);
+  read_setting(number, "iosched/async_depth", queue.async_depth);
+  if (queue.async_depth[0] == 0) read_setting(number, "async_depth", queue.async_depth);
+  read_setting(number, "rq_affinity", queue.rq_affinity);
+  read_setting(number, "nomerges", queue.nomerges);
+  return queue;
+}
+
+// As far as the kernel takes them. The scheduler first: it brings depths of its own.
+void write_queue(int number, const LoopQueue& queue) {
+  if (queue.scheduler[0] != 0) write_setting(number, "scheduler", queue.scheduler);
+  if (queue.nr_requests[0] != 0) write_setting(number, "nr_requests", queue.nr_requests);
+  if (queue.async_depth[0] != 0) write_async_depth(number, queue.async_depth);
+  if (queue.rq_affinity[0] != 0) write_setting(number, "rq_affinity", queue.rq_affinity);
+  if (queue.nomerges[0] != 0) write_setting(number, "nomerges", queue.nomerges);
 }
 
 bool label_is(const loop_info64& info, const char* label) {
@@ -61,7 +106,8 @@ bool label_is(const loop_info64& info, const char* label) {
 
 }  // namespace
 
-int attach_loop(int mount_fd, const KeeperAttach& wanted, int* number, char* note, uint32_t note_size) {
+int attach_loop(int mount_fd, const KeeperAttach& wanted, int* number, LoopQueue* found, char* note,
+                uint32_t note_size) {
   char path[64];
   std::snprintf(path, sizeof path, "/proc/self/fd/%d", mount_fd);
   const bool read_only = wanted.read_only != 0;
@@ -99,11 +145,14 @@ int attach_loop(int mount_fd, const KeeperAttach& wanted, int* number, char* not
   close(file);
   if (error != 0) return error;
 
+  *found = read_queue(*number);
   // With `none` held writes would take every tag and stop reads too.
   const bool scheduler = write_setting(*number, "scheduler", "mq-deadline");
-  const bool requests = write_setting(*number, "nr_requests", wanted.requests);
-  const bool depth = write_setting(*number, "iosched/async_depth", wanted.async_depth) ||
-                     write_setting(*number, "async_depth", wanted.async_depth);
+  char text[16];
+  std::snprintf(text, sizeof text, "%u", wanted.requests);
+  const bool requests = write_setting(*number, "nr_requests", text);
+  std::snprintf(text, sizeof text, "%u", wanted.async_depth);
+  const bool depth = write_async_depth(*number, text);
   // The engine answers from a thread, not from an interrupt. Completed on the CPU that asked (2), a request ends in that
   // CPU's interrupt; completed here (1), it waits for ksoftirqd, which costs a lone read up to a fifth and gains nothing
   // at depth 32. Only speed hangs on this and the next: a kernel that refuses is as right.
@@ -140,7 +189,7 @@ int resize_loop(int mount_fd, const KeeperLoop& loop) {
   return error;
 }
 
-int detach_loop(const KeeperLoop& loop) {
+int detach_loop(const KeeperLoop& loop, const LoopQueue* found) {
   int error = EBUSY;
   for (int attempt = 0; attempt < kBusyTries && error == EBUSY; ++attempt) {
     if (attempt > 0) pause_ms(100);
@@ -160,8 +209,12 @@ int detach_loop(const KeeperLoop& loop) {
       close(fd);
       return error;
     }
+    // Before the number is free: whoever takes it then may set its queue at once.
+    const LoopQueue ours = read_queue(loop.number);
+    if (found != nullptr) write_queue(loop.number, *found);
     if (ioctl(fd, LOOP_CLR_FD) != 0) {
       error = errno == ENXIO ? 0 : errno;
+      if (error != 0 && found != nullptr) write_queue(loop.number, ours);
       close(fd);
       continue;
     }
@@ -171,6 +224,7 @@ int detach_loop(const KeeperLoop& loop) {
         (info.lo_flags & LO_FLAGS_AUTOCLEAR) != 0) {
       info.lo_flags &= ~uint32_t(LO_FLAGS_AUTOCLEAR);
       ioctl(fd, LOOP_SET_STATUS64, &info);
+      if (found != nullptr) write_queue(loop.number, ours);
       error = EBUSY;
     }
     close(fd);

@@ -56,6 +56,7 @@ struct Connection {
 struct ChildResult {
   int32_t error = 0;
   int32_t number = -1;
+  LoopQueue found{};  // kAttach
   char note[512] = {};
 };
 
@@ -64,6 +65,7 @@ struct Child {
   int result_fd = -1;
   uint64_t connection = 0;
   KeeperOp op{};
+  std::string label;  // kAttach, kDetach: whose loop device
 };
 
 volatile sig_atomic_t asked_to_stop = 0;
@@ -99,6 +101,7 @@ class Keeper {
   std::vector<std::unique_ptr<Connection>> connections_;
   std::vector<Child> children_;
   std::map<std::string, Entry> entries_;
+  std::map<std::string, LoopQueue> queues_;  // how attached loop devices were found, by their labels
 };
 
 bool Keeper::listen_at(const char* socket_path) {
@@ -301,10 +304,14 @@ void Keeper::start_child(Connection& connection, const KeeperMessage& message, c
     ChildResult result;
     switch (message.op) {
       case KeeperOp::kAttach:
-        result.error = attach_loop(4, attach, &result.number, result.note, sizeof result.note);
+        result.error = attach_loop(4, attach, &result.number, &result.found, result.note, sizeof result.note);
         break;
       case KeeperOp::kResize: result.error = resize_loop(4, loop); break;
-      case KeeperOp::kDetach: result.error = detach_loop(loop); break;
+      case KeeperOp::kDetach: {
+        const auto found = queues_.find(loop.label);
+        result.error = detach_loop(loop, found != queues_.end() ? &found->second : nullptr);
+        break;
+      }
       case KeeperOp::kFind: result.error = find_loop(loop.label, &result.number); break;
       default: result.error = EINVAL;
     }
@@ -312,7 +319,8 @@ void Keeper::start_child(Connection& connection, const KeeperMessage& message, c
     _exit(written == ssize_t(sizeof result) ? 0 : 1);
   }
   close(pipe_fds[1]);
-  children_.push_back({pid, pipe_fds[0], connection.id, message.op});
+  children_.push_back({pid, pipe_fds[0], connection.id, message.op,
+                       attaches ? attach.label : loop.label});
 }
 
 void Keeper::child_done(Child& child) {
@@ -323,6 +331,10 @@ void Keeper::child_done(Child& child) {
   while (waitpid(child.pid, nullptr, 0) < 0 && errno == EINTR) {
   }
   result.note[sizeof result.note - 1] = 0;
+  if (result.error == 0) {
+    if (child.op == KeeperOp::kAttach) queues_[child.label] = result.found;
+    if (child.op == KeeperOp::kDetach) queues_.erase(child.label);
+  }
   for (auto& connection : connections_) {
     if (connection->id == child.connection && connection->fd >= 0) {
       answer(*connection, child.op, result.error, result.number, result.note, std::strlen(result.note));

@@ -1,5 +1,6 @@
 /** Open volumes end to end: pool on a loop disk, engine, FUSE, loop device, file systems and fio on top. */
-import { mkdirSync } from 'node:fs';
+import { existsSync, mkdirSync, readdirSync, readFileSync } from 'node:fs';
+import { basename } from 'node:path';
 import { waitFor, sleep } from '@holdfast/testing';
 import { execa } from 'execa';
 import { afterEach, describe, expect, it } from 'vitest';
@@ -30,7 +31,44 @@ async function record(r: Rig, slot: number): Promise<VolumeRecord | undefined> {
   return records.find((candidate) => candidate.slot === slot);
 }
 
+/** The settings of a loop device's queue that a volume changes; of the scheduler its name. */
+function queueOf(name: string): Record<string, string> {
+  const setting = (file: string): string => readFileSync(`/sys/block/${name}/queue/${file}`, 'utf8').trim();
+  return {
+    scheduler: /\[(.*)\]/.exec(setting('scheduler'))?.[1] ?? setting('scheduler'),
+    ...Object.fromEntries(['nr_requests', 'rq_affinity', 'nomerges'].map((file) => [file, setting(file)])),
+  };
+}
+
 describe('an open volume', () => {
+  it('leaves the loop device to its next user as it found it', async () => {
+    const r = await fresh('queue');
+    const engine = await r.host();
+    const spec = r.spec(1n, 64n * MiB);
+    const isFree = (name: string): boolean => !existsSync(`/sys/block/${name}/loop/backing_file`);
+    // Other tests take and leave loop devices meanwhile: again until one comes that was seen free before.
+    for (let next = spec; ; next = r.again(next, [engine])) {
+      const found = new Map(
+        readdirSync('/sys/block')
+          .filter((name) => /^loop\d+$/.test(name) && isFree(name))
+          .map((name) => [name, queueOf(name)]),
+      );
+      const name = basename((await r.open(engine, next)).export.devicePath);
+      const during = queueOf(name);
+      await r.close(engine, next);
+      const after = queueOf(name);
+      expect(during).toEqual({
+        scheduler: 'mq-deadline',
+        nr_requests: '128',
+        rq_affinity: '2',
+        nomerges: '1',
+      });
+      if (!found.has(name) || !isFree(name)) continue;
+      expect(after).toEqual(found.get(name));
+      return;
+    }
+  });
+
   it('keeps what was written over close and open, and reads zeros elsewhere', async () => {
     const r = await fresh('reopen');
     const engine = await r.host();
@@ -243,10 +281,12 @@ describe('a volume that is closed', () => {
     const engine = await r.host();
     const spec = r.spec(1n, 64n * MiB);
     const { export: device } = await r.open(engine, spec);
+    const queue = queueOf(basename(device.devicePath));
     const holder = await r.area.spawn('holder', 'bash', ['-c', `exec 3<${device.devicePath}; sleep 60`]);
     await sleep(300);
     await expect(r.close(engine, spec)).rejects.toMatchObject({ code: 'HF_BUSY' });
     expect(r.attached(device.devicePath)).toBe(true);
+    expect(queueOf(basename(device.devicePath))).toEqual(queue);
     await fio(device.devicePath, ['--rw=write', '--bs=64k', '--size=4M', '--verify=crc32c']);
     await holder.stop('SIGKILL');
     await r.close(engine, spec);
