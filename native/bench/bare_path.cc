@@ -117,7 +117,8 @@ int serve(const char* path) {
   attach.requests = kLoopRequests;
   attach.async_depth = kLoopAsyncDepth;
   char note[256];
-  int error = keeper::attach_loop(session.mount_fd(), attach, &loop.number, note, sizeof note);
+  keeper::LoopQueue found{};
+  int error = keeper::attach_loop(session.mount_fd(), attach, &loop.number, &found, note, sizeof note);
   if (error != 0) fail_at_work("the loop device", std::strerror(error));
   std::printf("/dev/loop%d\n", loop.number);
   std::fflush(stdout);
@@ -125,7 +126,7 @@ int serve(const char* path) {
   char ignored[64];
   while (read(STDIN_FILENO, ignored, sizeof ignored) > 0) {
   }
-  error = keeper::detach_loop(loop);
+  error = keeper::detach_loop(loop, &found);
   if (error != 0) fail_at_work("the loop device stays", std::strerror(error));
   session.stop_reading();
   if (!session.wait_idle(10'000)) fail_at_work("FUSE", "requests do not end");
