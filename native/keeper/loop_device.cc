@@ -81,7 +81,7 @@ bool write_async_depth(int number, const char* value) {
 }
 
 LoopQueue read_queue(int number) {
-  LoopQueue queue;
+  LoopQueue queue{};
   read_setting(number, "scheduler", queue.scheduler);
   read_setting(number, "nr_requests", queue.nr_requests);
   read_setting(number, "iosched/async_depth", queue.async_depth);
@@ -98,6 +98,20 @@ void write_queue(int number, const LoopQueue& queue) {
   if (queue.async_depth[0] != 0) write_async_depth(number, queue.async_depth);
   if (queue.rq_affinity[0] != 0) write_setting(number, "rq_affinity", queue.rq_affinity);
   if (queue.nomerges[0] != 0) write_setting(number, "nomerges", queue.nomerges);
+}
+
+// To change the scheduler the kernel waits for what is under way, and lets nothing new in meanwhile: not where somebody
+// has the device open still and waits for writes that are held.
+bool is_idle(int number) {
+  char path[128];
+  std::snprintf(path, sizeof path, "/sys/block/loop%d/inflight", number);
+  FILE* file = std::fopen(path, "re");
+  if (file == nullptr) return false;
+  unsigned reads = 1;
+  unsigned writes = 1;
+  const int read = std::fscanf(file, "%u %u", &reads, &writes);
+  std::fclose(file);
+  return read == 2 && reads == 0 && writes == 0;
 }
 
 bool label_is(const loop_info64& info, const char* label) {
@@ -211,10 +225,11 @@ int detach_loop(const KeeperLoop& loop, const LoopQueue* found) {
     }
     // Before the number is free: whoever takes it then may set its queue at once.
     const LoopQueue ours = read_queue(loop.number);
-    if (found != nullptr) write_queue(loop.number, *found);
+    const bool put_back = found != nullptr && is_idle(loop.number);
+    if (put_back) write_queue(loop.number, *found);
     if (ioctl(fd, LOOP_CLR_FD) != 0) {
       error = errno == ENXIO ? 0 : errno;
-      if (error != 0 && found != nullptr) write_queue(loop.number, ours);
+      if (error != 0 && put_back) write_queue(loop.number, ours);
       close(fd);
       continue;
     }
@@ -224,7 +239,7 @@ int detach_loop(const KeeperLoop& loop, const LoopQueue* found) {
         (info.lo_flags & LO_FLAGS_AUTOCLEAR) != 0) {
       info.lo_flags &= ~uint32_t(LO_FLAGS_AUTOCLEAR);
       ioctl(fd, LOOP_SET_STATUS64, &info);
-      if (found != nullptr) write_queue(loop.number, ours);
+      if (put_back) write_queue(loop.number, ours);
       error = EBUSY;
     }
     close(fd);
