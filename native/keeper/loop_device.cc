@@ -167,10 +167,10 @@ int attach_loop(int mount_fd, const KeeperAttach& wanted, int* number, LoopQueue
   const bool requests = write_setting(*number, "nr_requests", text);
   std::snprintf(text, sizeof text, "%u", wanted.async_depth);
   const bool depth = write_async_depth(*number, text);
-  // The engine answers from a thread, not from an interrupt. Completed on the CPU that asked (2), a request ends in that
-  // CPU's interrupt; completed here (1), it waits for ksoftirqd, which costs a lone read up to a fifth and gains nothing
-  // at depth 32. Only speed hangs on this and the next: a kernel that refuses is as right.
-  [[maybe_unused]] const bool affinity = write_setting(*number, "rq_affinity", "2");
+  // Completed among the CPUs that share a cache (1), requests end on the engine's CPU. With 2 each is an interrupt for
+  // the CPU that asked, which costs reads at depth 32 a tenth; docs/benchmarks.md has the comparisons. Only speed hangs
+  // on this and the next: a kernel that refuses is as right.
+  [[maybe_unused]] const bool affinity = write_setting(*number, "rq_affinity", "1");
   // Whoever could merge sends large requests already; looking for neighbours costs each small one some CPU.
   [[maybe_unused]] const bool merges = write_setting(*number, "nomerges", "1");
   note[0] = 0;

@@ -60,7 +60,7 @@ describe('an open volume', () => {
       expect(during).toEqual({
         scheduler: 'mq-deadline',
         nr_requests: '128',
-        rq_affinity: '2',
+        rq_affinity: '1',
         nomerges: '1',
       });
       if (!found.has(name) || !isFree(name)) continue;
