@@ -5,8 +5,8 @@ import { join } from 'node:path';
 import * as grpc from '@grpc/grpc-js';
 import { call } from '../packages/common/dist/index.js';
 import { closing } from './closing.mjs';
-import { renewFreeLoops } from './targets.mjs';
 import { csi, holdfast } from '../packages/proto/dist/index.js';
+import { renewFreeLoops } from './targets.mjs';
 
 const insecure = grpc.credentials.createInsecure();
 

@@ -229,19 +229,16 @@ int detach_loop(const KeeperLoop& loop, const LoopQueue* found) {
     if (put_back) write_queue(loop.number, *found);
     if (ioctl(fd, LOOP_CLR_FD) != 0) {
       error = errno == ENXIO ? 0 : errno;
-      if (error != 0 && put_back) write_queue(loop.number, ours);
-      close(fd);
-      continue;
-    }
-    // With another opener the kernel only marks the device to go away at the last close. Take the mark back then.
-    error = 0;
-    if (ioctl(fd, LOOP_GET_STATUS64, &info) == 0 && label_is(info, loop.label) &&
-        (info.lo_flags & LO_FLAGS_AUTOCLEAR) != 0) {
+    } else if (ioctl(fd, LOOP_GET_STATUS64, &info) == 0 && label_is(info, loop.label) &&
+               (info.lo_flags & LO_FLAGS_AUTOCLEAR) != 0) {
+      // With another opener the kernel only marks the device to go away at the last close. Take the mark back then.
       info.lo_flags &= ~uint32_t(LO_FLAGS_AUTOCLEAR);
       ioctl(fd, LOOP_SET_STATUS64, &info);
-      if (put_back) write_queue(loop.number, ours);
       error = EBUSY;
+    } else {
+      error = 0;
     }
+    if (error != 0 && put_back) write_queue(loop.number, ours);
     close(fd);
   }
   return error;
