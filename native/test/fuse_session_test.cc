@@ -16,6 +16,7 @@
 #include <filesystem>
 #include <new>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "core/plain_volume.h"
@@ -46,6 +47,51 @@ class Sink final : public PlainVolume {
   struct Answer : Task {
     VolumeRequest* request = nullptr;
   };
+};
+
+// Answers its first kBurst requests in one go, once all of them are there; later ones right away.
+class Burst final : public PlainVolume {
+ public:
+  static constexpr int kBurst = 16;
+  static constexpr int kBeforeLooking = kTurnBytes / 4096;
+
+  void submit(VolumeRequest* request) override {
+    if (arrived_++ >= kBurst) {
+      if (answered_at_newcomer < 0) answered_at_newcomer = answered_;
+      return later_.submit(request);
+    }
+    first_[arrived_ - 1].volume = this;
+    first_[arrived_ - 1].request = request;
+    first_[arrived_ - 1].complete = [](Completion* self, int, uint32_t) {
+      auto* one = static_cast<First*>(self);
+      one->volume->answer(one->request);
+    };
+    if (arrived_ < kBurst) return;
+    for (First& one : first_) io_uring_prep_nop(Worker::current()->sqe(&one));
+  }
+
+  int answered_at_newcomer = -1;   // of the burst, when the first of the later requests came; the worker's until it ends
+  std::atomic<int> coming{0};      // later requests that are about to be made
+
+ private:
+  struct First : Completion {
+    Burst* volume = nullptr;
+    VolumeRequest* request = nullptr;
+  };
+
+  void answer(VolumeRequest* request) {
+    if (++answered_ == kBeforeLooking) {
+      // Those who have their answer are about to ask again, and get the time to.
+      for (int i = 0; i < 5000 && coming < kBeforeLooking - 1; i++) usleep(1000);
+      usleep(20'000);
+    }
+    request->done(request, 0);
+  }
+
+  First first_[kBurst];
+  int arrived_ = 0;
+  int answered_ = 0;
+  Sink later_;
 };
 
 struct Shared {
@@ -81,6 +127,39 @@ struct Shared {
     else shared.failed++;
   }
   _exit(0);
+}
+
+// Otherwise what is in flight would go round in one lump, and the device be idle while all of it is answered.
+TEST(FuseSession, NewRequestsAreTakenInTheMiddleOfManyAnswers) {
+  ASSERT_EQ(geteuid(), 0u) << "this test mounts a FUSE file system: run it as root";
+  Result<std::unique_ptr<Worker>> worker = Worker::start(0);
+  ASSERT_TRUE(worker.ok()) << worker.status.message;
+  Burst volume;
+  Result<std::unique_ptr<FuseSession>> session = FuseSession::create({worker.value->get()}, kSize);
+  ASSERT_TRUE(session.ok()) << session.status.message;
+  (*session)->start(&volume, FuseSession::Mode::kServe);
+  ASSERT_TRUE((*session)->wait_agreed(10'000));
+  const std::string path = "/proc/self/fd/" + std::to_string((*session)->mount_fd());
+  const int file = open(path.c_str(), O_RDONLY | O_DIRECT | O_CLOEXEC);
+  ASSERT_GE(file, 0);
+  std::atomic<int> failed{0};
+  std::vector<std::thread> readers;
+  for (int i = 0; i < Burst::kBurst; i++) {
+    readers.emplace_back([&, i] {
+      void* block = std::aligned_alloc(4096, 4096);
+      for (int turn = 0; turn < 2; turn++) {
+        if (turn == 1) volume.coming++;
+        if (pread(file, block, 4096, i * 4096) != 4096) failed++;
+      }
+      std::free(block);
+    });
+  }
+  for (std::thread& reader : readers) reader.join();
+  close(file);
+  EXPECT_EQ(failed, 0);
+  EXPECT_GE(volume.answered_at_newcomer, Burst::kBeforeLooking);
+  EXPECT_LT(volume.answered_at_newcomer, Burst::kBurst);
+  (*session)->shut_down();
 }
 
 TEST(FuseSession, AnEngineKilledWhileTheKernelCopiesARequestToItLosesNone) {

@@ -4,6 +4,7 @@
 
 #include <fcntl.h>
 #include <gtest/gtest.h>
+#include <poll.h>
 #include <unistd.h>
 
 #include <array>
@@ -180,6 +181,35 @@ TEST(Worker, RunOnIsOverWhenItReturns) {
   EXPECT_EQ(count, 500);
 }
 
+// A long turn hands over what it has: the device need not wait for the turn's end.
+TEST(Worker, WhatIsSubmittedInATurnIsAtWorkBeforeTheTurnEnds) {
+  auto worker = start_worker();
+  ASSERT_TRUE(worker);
+  int pipe[2];
+  ASSERT_EQ(pipe2(pipe, O_CLOEXEC), 0);
+  struct Written : Completion {
+    std::promise<int> result;
+  } written;
+  written.complete = [](Completion* self, int result, uint32_t) { static_cast<Written*>(self)->result.set_value(result); };
+  const auto arrived = [&] {
+    pollfd one{pipe[0], POLLIN, 0};
+    return ::poll(&one, 1, 0) == 1;
+  };
+  bool before = true;
+  bool after = false;
+  run_on(*worker, [&] {
+    io_uring_prep_write(worker->sqe(&written), pipe[1], "x", 1, 0);
+    before = arrived();
+    worker->submit();
+    after = arrived();
+  });
+  EXPECT_FALSE(before);
+  EXPECT_TRUE(after);
+  EXPECT_EQ(written.result.get_future().get(), 1);
+  ::close(pipe[0]);
+  ::close(pipe[1]);
+}
+
 TEST(UringDevice, WhatOneWorkerWroteAnotherReads) {
   constexpr uint64_t kBlocks = 64;
   ImageFile file(kBlocks * kBlock);
@@ -226,6 +256,7 @@ TEST(UringDevice, AWriteWhoseGateHasClosedWaitsUntilItOpens) {
     device.submit(&write.io);
     while (gate.open_at(boottime_ns())) {
     }
+    worker->submit();  // in the middle of a turn it is looked at as at its end
   });
   EXPECT_EQ(answer.wait_for(std::chrono::milliseconds(100)), std::future_status::timeout);
   EXPECT_EQ(file.first_byte(0), 0);

@@ -12,6 +12,7 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <chrono>
 #include <cstring>
@@ -140,6 +141,12 @@ void FuseChannel::resume() {
   queue_read();
 }
 
+void FuseChannel::look() {
+  if (read_task_queued_ || waiting_for_slot_) return;
+  read_requests();
+  worker_->submit();
+}
+
 void FuseChannel::stop_reading() {
   reading_ = false;
   if (waiting_for_slot_) {
@@ -152,6 +159,7 @@ void FuseChannel::stop_reading() {
 }
 
 void FuseChannel::read_requests() {
+  size_t taken = 0;  // bytes, since the last submission
   for (int i = 0; i < kReadBatch; ++i) {
     if (!reading_ || ended_) return;
     Slot* slot = worker_->take_slot(this);
@@ -171,6 +179,11 @@ void FuseChannel::read_requests() {
         slot->used(payload);
       }
       handle(slot, size_t(length));
+      taken += std::max(size_t(length), size_t{4096});
+      if (taken >= kTurnBytes) {
+        taken = 0;
+        worker_->submit();
+      }
       continue;
     }
     const int error = errno;
@@ -199,6 +212,7 @@ void FuseChannel::send(uint64_t unique, int error, const void* data, size_t leng
 
 void FuseChannel::reply(Slot* slot, int error, const void* data, size_t length) {
   send(slot->unique, error, data, length);
+  worker_->answered(this, length);
   worker_->release_slot(slot);
 }
 

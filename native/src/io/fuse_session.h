@@ -36,6 +36,7 @@ class FuseChannel {
   FuseChannel(FuseSession* session, Worker* worker, int fd);
   void start();                  // arms the poll and reads what is there
   void resume();                 // a slot is free again
+  void look();                   // reads what is there and submits its I/O, in the middle of the worker's turn
   void stop_reading();
   bool idle() const { return in_flight_ == 0; }
   bool quiet() const { return !poll_armed_ && !read_task_queued_ && !waiting_for_slot_; }

@@ -244,31 +244,53 @@ void Worker::recall_late() {
   if (guarded_.empty()) return;
   static __kernel_timespec pause = {0, 20'000'000};
   const uint64_t now = boottime_ns();
-  for (const Guarded& one : guarded_) {
-    if (one.gate->open_at(now)) continue;
+  for (Guarded& one : guarded_) {
+    if (one.gate == nullptr || one.gate->open_at(now)) continue;
+    one.gate = nullptr;
     const auto data = one.entry->user_data;
     io_uring_prep_timeout(one.entry, &pause, 0, 0);
     one.entry->user_data = data;
     *one.recalled = true;
   }
-  guarded_.clear();
+}
+
+// The kernel may take fewer entries than there are (out of memory, too many completions): the rest stay guarded.
+void Worker::forget_submitted() {
+  const unsigned left = io_uring_sq_ready(&ring_);
+  if (left == 0) return guarded_.clear();
+  const unsigned head = ring_.sq.sqe_tail - left;
+  std::erase_if(guarded_, [head](const Guarded& one) { return static_cast<int>(one.position - head) < 0; });
 }
 
 io_uring_sqe* Worker::sqe(Completion* completion) {
   HF_ASSERT(current_worker == this);
   io_uring_sqe* entry = io_uring_get_sqe(&ring_);
   while (entry == nullptr) {
-    recall_late();
-    const int result = io_uring_submit(&ring_);
-    HF_ASSERT(result >= 0 || result == -EBUSY || result == -EAGAIN || result == -EINTR);
+    submit();
     entry = io_uring_get_sqe(&ring_);
   }
   entry->user_data = uint64_t(reinterpret_cast<uintptr_t>(completion));
   return entry;
 }
 
+void Worker::submit() {
+  HF_ASSERT(current_worker == this);
+  if (io_uring_sq_ready(&ring_) == 0) return;
+  recall_late();
+  const int result = io_uring_submit(&ring_);
+  HF_ASSERT(result >= 0 || result == -EBUSY || result == -EAGAIN || result == -EINTR);
+  forget_submitted();
+}
+
+void Worker::answered(FuseChannel* channel, size_t bytes) {
+  answering_ = channel;
+  answered_bytes_ += std::max(bytes, size_t{4096});
+}
+
 bool Worker::reap() {
   bool any = false;
+  answering_ = nullptr;
+  answered_bytes_ = 0;
   io_uring_cqe* cqes[64];
   for (;;) {
     const unsigned count = io_uring_peek_batch_cqe(&ring_, cqes, 64);
@@ -287,6 +309,10 @@ bool Worker::reap() {
     for (unsigned i = 0; i < count; ++i) {
       if (copies[i].completion != nullptr) {
         copies[i].completion->complete(copies[i].completion, copies[i].result, copies[i].flags);
+      }
+      if (answered_bytes_ >= kTurnBytes && i + 1 < count) {
+        answered_bytes_ = 0;
+        answering_->look();
       }
     }
     if (count < 64) return true;
@@ -325,6 +351,7 @@ void Worker::wait_and_reap() {
     io_uring_submit_and_wait_timeout(&ring_, &cqe, 1, &timeout, nullptr);
   }
   asleep_.store(false, std::memory_order_relaxed);
+  forget_submitted();
   reap();
 }
 

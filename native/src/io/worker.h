@@ -3,6 +3,10 @@
 //
 // A turn: run posted tasks and due timers, reap completions, then one io_uring_enter that submits what the turn
 // prepared and waits for what comes next. The ring is single-issuer with deferred task work where the kernel has it.
+//
+// A turn that moves much data (kTurnBytes) does not leave the device and the callers idle for so long: what is prepared
+// goes to the kernel in between, and between two completions new requests are looked for. Otherwise everything in
+// flight goes round in one lump, and the device is idle while requests are copied.
 #pragma once
 
 #include <liburing.h>
@@ -30,6 +34,9 @@ class FuseChannel;
 
 inline constexpr size_t kMaxTransfer = 1u << 20;  // bytes of one FUSE request's payload
 inline constexpr size_t kFuseHeaderSize = 80;     // fuse_in_header plus the arguments of a read or a write
+
+// Bytes of requests read, or answered, after which a turn hands over what it has prepared. A block counts at least.
+inline constexpr size_t kTurnBytes = 32u << 10;
 
 // A frontend request's memory: kMaxTransfer bytes of address space, of which only what was used is resident.
 //
@@ -72,11 +79,18 @@ class Worker final : public Executor {
   // --- on the worker's own thread only ---
   // A submission queue entry for `completion`; never null: a full queue is submitted first.
   io_uring_sqe* sqe(Completion* completion);
-  // The gate of a prepared entry is looked at once more right before the kernel gets it. If it has closed since, the
+  // The gate of an entry that was just prepared is looked at once more right before the kernel gets it. If it has closed since, the
   // entry becomes a short pause instead and `*recalled` true: whoever reaps it prepares it again. So a thread that was
   // stopped in the middle of a batch hands over nothing of it when it goes on after its lease. `recalled` lives as long
   // as the entry's completion.
-  void guard(io_uring_sqe* entry, const PoolGate* gate, bool* recalled) { guarded_.push_back({entry, gate, recalled}); }
+  void guard(io_uring_sqe* entry, const PoolGate* gate, bool* recalled) {
+    guarded_.push_back({ring_.sq.sqe_tail - 1, entry, gate, recalled});
+  }
+  // Hands what is prepared to the kernel, without waiting for anything.
+  void submit();
+  // `channel` has answered a request of so many bytes. After kTurnBytes, and while more completions are to be dealt with
+  // first, it is asked to look for new requests (FuseChannel::look()).
+  void answered(FuseChannel* channel, size_t bytes);
   // Null when all are in use; the channel is then called back through FuseChannel::resume() when one is free.
   Slot* take_slot(FuseChannel* waiter);
   void release_slot(Slot* slot);
@@ -109,6 +123,7 @@ class Worker final : public Executor {
   void wake();
   void arm_wake_poll();
   void recall_late();            // before every submission
+  void forget_submitted();       // and after it
   void trim_slots();
 
   io_uring ring_{};
@@ -121,8 +136,9 @@ class Worker final : public Executor {
   // Own thread.
   TaskList tasks_;
   struct Guarded {
+    unsigned position;    // in the submission queue: the value of its tail
     io_uring_sqe* entry;
-    const PoolGate* gate;
+    const PoolGate* gate;  // null once recalled
     bool* recalled;
   };
   std::vector<Guarded> guarded_;  // prepared, not yet submitted
@@ -133,6 +149,9 @@ class Worker final : public Executor {
     bool armed = false;
   } wake_poll_;
   bool stopping_ = false;
+  // Answered in the course of a reap().
+  FuseChannel* answering_ = nullptr;
+  size_t answered_bytes_ = 0;
 
   // The slots' buffers, the overflow memory, the slots' headers.
   static constexpr size_t kSlotsPerWorker = 1024;
