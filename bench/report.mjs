@@ -64,7 +64,7 @@ if (r.memory) {
   lines.push('## Memory and opening', '', 'Extrapolated to 1 TiB from a sparse volume; opening is the time of NodeStage beyond that of an empty volume.', '',
     row(['mapping', 'mapped GiB', 'MiB per TiB', 'goal', 'open s per TiB', 'pages read at MiB/s']), row(['---', '--:', '--:', '---', '--:', '--:']),
     ...Object.entries(r.memory).map(([name, m]) =>
-      row([name, n(m.mapped_gib, 1), n(m.mib_per_tib, 1), below(m.mib_per_tib, goal[name], 'MiB'), n(m.open_s_per_tib, 2), n(m.page_mib_per_s)])), '');
+      row([name, n(m.mapped_gib, 1), n(m.mib_per_tib, 1), below(m.mib_per_tib, goal[name], 'MiB'), n(m.open_s_per_tib, 2), m.page_mib_per_s === null ? '-' : n(m.page_mib_per_s)])), '');
 }
 if (r.snapshots) {
   const { held, after, layers, clone } = r.snapshots;

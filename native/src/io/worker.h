@@ -79,10 +79,10 @@ class Worker final : public Executor {
   // --- on the worker's own thread only ---
   // A submission queue entry for `completion`; never null: a full queue is submitted first.
   io_uring_sqe* sqe(Completion* completion);
-  // The gate of an entry that was just prepared is looked at once more right before the kernel gets it. If it has closed since, the
-  // entry becomes a short pause instead and `*recalled` true: whoever reaps it prepares it again. So a thread that was
-  // stopped in the middle of a batch hands over nothing of it when it goes on after its lease. `recalled` lives as long
-  // as the entry's completion.
+  // The gate of an entry that was just prepared is looked at once more right before the kernel gets it. If it has closed
+  // since, the entry becomes a short pause instead and `*recalled` true: whoever reaps it prepares it again. So a thread
+  // that was stopped in the middle of a batch hands over nothing of it when it goes on after its lease. `recalled` lives
+  // as long as the entry's completion.
   void guard(io_uring_sqe* entry, const PoolGate* gate, bool* recalled) {
     guarded_.push_back({ring_.sq.sqe_tail - 1, entry, gate, recalled});
   }
