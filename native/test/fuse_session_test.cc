@@ -162,6 +162,25 @@ TEST(FuseSession, NewRequestsAreTakenInTheMiddleOfManyAnswers) {
   (*session)->shut_down();
 }
 
+// The release of a closed file comes while the poll is being removed, which the kernel then does not do.
+TEST(FuseSession, ShutsDownWhileARequestComes) {
+  ASSERT_EQ(geteuid(), 0u) << "this test mounts a FUSE file system: run it as root";
+  Result<std::unique_ptr<Worker>> worker = Worker::start(0);
+  ASSERT_TRUE(worker.ok()) << worker.status.message;
+  Sink sink;
+  for (int round = 0; round < 300; round++) {
+    Result<std::unique_ptr<FuseSession>> session = FuseSession::create({worker.value->get()}, kSize);
+    ASSERT_TRUE(session.ok()) << session.status.message;
+    (*session)->start(&sink, FuseSession::Mode::kServe);
+    ASSERT_TRUE((*session)->wait_agreed(10'000));
+    const std::string path = "/proc/self/fd/" + std::to_string((*session)->mount_fd());
+    const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    ASSERT_GE(file, 0);
+    close(file);
+    (*session)->shut_down();
+  }
+}
+
 TEST(FuseSession, AnEngineKilledWhileTheKernelCopiesARequestToItLosesNone) {
   ASSERT_EQ(geteuid(), 0u) << "this test mounts a FUSE file system: run it as root";
   const int fuse_fd = open("/dev/fuse", O_RDWR | O_CLOEXEC | O_NONBLOCK);

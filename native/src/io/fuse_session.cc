@@ -102,6 +102,14 @@ FuseChannel::FuseChannel(FuseSession* session, Worker* worker, int fd) : session
   poll_.complete = [](Completion* self, int, uint32_t flags) {
     static_cast<Poll*>(self)->channel->polled(flags);
   };
+  removal_.channel = this;
+  removal_.complete = [](Completion* self, int result, uint32_t) {
+    auto* removal = static_cast<PollRemoval*>(self);
+    FuseChannel* channel = removal->channel;
+    removal->outstanding = false;
+    // The kernel does not remove a poll that is about to report something.
+    if (result == -EALREADY && channel->poll_armed_ && !channel->reading_) channel->remove_poll();
+  };
   read_task_.channel = this;
   read_task_.run = [](Task* self) {
     FuseChannel* channel = static_cast<ReadTask*>(self)->channel;
@@ -121,6 +129,12 @@ void FuseChannel::arm_poll() {
   if (poll_armed_) return;
   io_uring_prep_poll_multishot(worker_->sqe(&poll_), fd_, POLLIN | EPOLLEXCLUSIVE);
   poll_armed_ = true;
+}
+
+void FuseChannel::remove_poll() {
+  if (removal_.outstanding) return;
+  io_uring_prep_poll_remove(worker_->sqe(&removal_), uint64_t(reinterpret_cast<uintptr_t>(&poll_)));
+  removal_.outstanding = true;
 }
 
 void FuseChannel::polled(uint32_t flags) {
@@ -153,9 +167,7 @@ void FuseChannel::stop_reading() {
     worker_->forget_waiter(this);
     waiting_for_slot_ = false;
   }
-  if (poll_armed_) {
-    io_uring_prep_poll_remove(worker_->sqe(nullptr), uint64_t(reinterpret_cast<uintptr_t>(&poll_)));
-  }
+  if (poll_armed_) remove_poll();
 }
 
 void FuseChannel::read_requests() {

@@ -39,7 +39,7 @@ class FuseChannel {
   void look();                   // reads what is there and submits its I/O, in the middle of the worker's turn
   void stop_reading();
   bool idle() const { return in_flight_ == 0; }
-  bool quiet() const { return !poll_armed_ && !read_task_queued_ && !waiting_for_slot_; }
+  bool quiet() const { return !poll_armed_ && !removal_.outstanding && !read_task_queued_ && !waiting_for_slot_; }
   int fd() const { return fd_; }
   Worker* worker() const { return worker_; }
 
@@ -48,11 +48,16 @@ class FuseChannel {
   struct Poll : Completion {
     FuseChannel* channel = nullptr;
   };
+  struct PollRemoval : Completion {
+    FuseChannel* channel = nullptr;
+    bool outstanding = false;
+  };
   struct ReadTask : Task {
     FuseChannel* channel = nullptr;
   };
 
   void arm_poll();
+  void remove_poll();
   void polled(uint32_t flags);
   void read_requests();
   void queue_read();
@@ -67,6 +72,7 @@ class FuseChannel {
   Worker* worker_;
   int fd_;
   Poll poll_;
+  PollRemoval removal_;
   ReadTask read_task_;
   bool poll_armed_ = false;
   bool read_task_queued_ = false;
