@@ -98,7 +98,7 @@ int serve(const char* path) {
   std::vector<std::unique_ptr<Worker>> owned;
   std::vector<Worker*> workers;
   for (unsigned i = 0; i < kWorkers; ++i) {
-    Result<std::unique_ptr<Worker>> worker = Worker::start(i);
+    Result<std::unique_ptr<Worker>> worker = Worker::start(i, kDefaultPollNs);
     if (!worker.ok()) return fail("a worker", worker.status.message);
     owned.push_back(std::move(*worker));
     workers.push_back(owned.back().get());

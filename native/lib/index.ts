@@ -422,6 +422,11 @@ export interface EngineOptions {
   keeperSocket: string;
   /** Worker threads, each with its own ring. Default: the number of CPUs, at least 2, at most 8. */
   workers?: number;
+  /**
+   * The longest that a worker polls for what comes next before it sleeps, 0 (never) to 1000. It polls only with few
+   * requests under way that are answered quickly. Default: 200. On a single CPU never.
+   */
+  pollMicroseconds?: number;
   /** Called on the JS thread, never re-entrantly. */
   onEvent: (event: EngineEvent) => void;
 }

@@ -7,13 +7,18 @@
 #include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <atomic>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
+#include <fstream>
+#include <future>
+#include <memory>
 #include <new>
 #include <string>
 #include <thread>
@@ -94,6 +99,98 @@ class Burst final : public PlainVolume {
   Sink later_;
 };
 
+// Answers at the end of a turn, or, while it holds, when it is told to.
+class Held final : public PlainVolume {
+ public:
+  void submit(VolumeRequest* request) override {
+    if (!hold) return now_.submit(request);
+    requests_.push_back(request);
+    held = requests_.size();
+  }
+  void let_go() {  // on the worker
+    hold = false;
+    for (VolumeRequest* request : requests_) now_.submit(request);
+    requests_.clear();
+  }
+  std::atomic<bool> hold{false};
+  std::atomic<size_t> held{0};
+
+ private:
+  std::vector<VolumeRequest*> requests_;
+  Sink now_;
+};
+
+// A worker that polls for at most `poll_ns`, and readers of its one file.
+struct Polled {
+  std::unique_ptr<Worker> worker;
+  Held volume;
+  std::unique_ptr<FuseSession> session;
+  int file = -1;
+  pid_t thread = 0;
+  std::vector<std::thread> readers;
+  std::atomic<int> failed{0};
+
+  explicit Polled(uint64_t poll_ns) {
+    Result<std::unique_ptr<Worker>> started = Worker::start(0, poll_ns);
+    HF_ASSERT(started.ok());
+    worker = std::move(*started);
+    Result<std::unique_ptr<FuseSession>> created = FuseSession::create({worker.get()}, kSize);
+    HF_ASSERT(created.ok());
+    session = std::move(*created);
+    session->start(&volume, FuseSession::Mode::kServe);
+    HF_ASSERT(session->wait_agreed(10'000));
+    file = open(("/proc/self/fd/" + std::to_string(session->mount_fd())).c_str(), O_RDONLY | O_DIRECT | O_CLOEXEC);
+    HF_ASSERT(file >= 0);
+    run_on(*worker, [&] { thread = gettid(); });
+  }
+  ~Polled() {
+    let_go();
+    close(file);
+    session->shut_down();
+  }
+  void read_blocks(int count, useconds_t pause_us = 0) {
+    void* block = std::aligned_alloc(4096, 4096);
+    for (int i = 0; i < count; i++) {
+      failed += pread(file, block, 4096, 0) != 4096;
+      usleep(pause_us);
+    }
+    std::free(block);
+  }
+  // So many requests are under way and stay it.
+  void hold(size_t count) {
+    volume.held = 0;
+    volume.hold = true;
+    for (size_t i = 0; i < count; i++) readers.emplace_back([this] { read_blocks(1); });
+    while (volume.held < count) usleep(100);
+  }
+  void let_go() {
+    run_on(*worker, [&] { volume.let_go(); });
+    for (std::thread& reader : readers) reader.join();
+    readers.clear();
+  }
+  // How often the worker has gone to sleep.
+  long sleeps() {
+    rusage usage{};
+    run_on(*worker, [&] { getrusage(RUSAGE_THREAD, &usage); });
+    return usage.ru_nvcsw;
+  }
+  // Whether it comes to be seen asleep (or awake) a hundred times in a row.
+  bool stays(bool asleep) const {
+    const std::string path = "/proc/self/task/" + std::to_string(thread) + "/stat";
+    int in_a_row = 0;
+    for (int i = 0; i < 10'000 && in_a_row < 100; i++) {
+      std::ifstream stat(path);
+      std::string line;
+      std::getline(stat, line);
+      in_a_row = (line[line.rfind(')') + 2] == 'S') == asleep ? in_a_row + 1 : 0;
+      usleep(1000);
+    }
+    return in_a_row == 100;
+  }
+};
+
+constexpr uint64_t kMinuteNs = 60'000'000'000;
+
 struct Shared {
   std::atomic<uint64_t> written{0};
   std::atomic<uint64_t> failed{0};
@@ -160,6 +257,93 @@ TEST(FuseSession, NewRequestsAreTakenInTheMiddleOfManyAnswers) {
   EXPECT_GE(volume.answered_at_newcomer, Burst::kBeforeLooking);
   EXPECT_LT(volume.answered_at_newcomer, Burst::kBurst);
   (*session)->shut_down();
+}
+
+bool can_poll() { return std::thread::hardware_concurrency() > 1; }
+
+TEST(FuseSession, AWorkerWhoseWaitsAreBriefPollsInsteadOfSleeping) {
+  ASSERT_EQ(geteuid(), 0u) << "this test mounts a FUSE file system: run it as root";
+  if (!can_poll()) GTEST_SKIP() << "a worker never polls on a single CPU";
+  constexpr int kReads = 300;
+  for (const bool polls : {true, false}) {
+    Polled one(polls ? kMinuteNs : 0);
+    one.read_blocks(20);
+    const long before = one.sleeps();
+    one.read_blocks(kReads, 200);
+    const long slept = one.sleeps() - before;
+    if (polls) EXPECT_LT(slept, kReads / 10);
+    else EXPECT_GE(slept, kReads / 2);
+    EXPECT_EQ(one.failed, 0);
+  }
+}
+
+TEST(FuseSession, AWorkerThatPollsTakesTasksAndTimers) {
+  ASSERT_EQ(geteuid(), 0u) << "this test mounts a FUSE file system: run it as root";
+  if (!can_poll()) GTEST_SKIP() << "a worker never polls on a single CPU";
+  Polled one(kMinuteNs);
+  one.read_blocks(20);
+  struct Told : Task {
+    std::promise<void> done;
+  };
+  Told task, timer;
+  task.run = timer.run = [](Task* self) { static_cast<Told*>(self)->done.set_value(); };
+  ASSERT_TRUE(one.stays(false));
+  one.worker->post(&task);
+  EXPECT_EQ(task.done.get_future().wait_for(std::chrono::seconds(20)), std::future_status::ready);
+  one.read_blocks(1);
+  run_on(*one.worker, [&] { one.worker->post_at(&timer, one.worker->now_ns() + 500'000'000); });
+  one.read_blocks(1);
+  EXPECT_EQ(timer.done.get_future().wait_for(std::chrono::seconds(20)), std::future_status::ready);
+}
+
+TEST(FuseSession, AWorkerPollsForFewRequestsOnly) {
+  ASSERT_EQ(geteuid(), 0u) << "this test mounts a FUSE file system: run it as root";
+  if (!can_poll()) GTEST_SKIP() << "a worker never polls on a single CPU";
+  Polled one(kMinuteNs);
+  // Four waits for a device that were brief.
+  for (int i = 0; i < 8; i++) {
+    one.hold(1);
+    one.let_go();
+  }
+  one.hold(kPolledRequests);
+  EXPECT_TRUE(one.stays(false));
+  one.let_go();
+  one.hold(kPolledRequests + 1);
+  EXPECT_TRUE(one.stays(true));
+  one.let_go();
+  EXPECT_EQ(one.failed, 0);
+}
+
+TEST(FuseSession, AWorkerOfWhichNothingIsAskedSleeps) {
+  ASSERT_EQ(geteuid(), 0u) << "this test mounts a FUSE file system: run it as root";
+  Polled one(1'000'000);
+  one.read_blocks(100);
+  EXPECT_TRUE(one.stays(true));
+  // Nor does it poll for what turned out to be slow.
+  one.hold(1);
+  EXPECT_TRUE(one.stays(true));
+  one.let_go();
+  EXPECT_EQ(one.failed, 0);
+}
+
+TEST(WaitHistory, SaysBriefOnceMostWereAndNoLongerWhenAThirdAreNot) {
+  WaitHistory waits;
+  for (int i = 0; i < 3; i++) waits.add(true);
+  EXPECT_FALSE(waits.mostly_brief());
+  waits.add(true);
+  EXPECT_TRUE(waits.mostly_brief());
+  // One long wait among many brief ones changes nothing,
+  for (int i = 0; i < 100; i++) waits.add(true);
+  waits.add(false);
+  EXPECT_TRUE(waits.mostly_brief());
+  // long ones alone end it at once, and it takes no longer to come back the more of them there were.
+  for (int i = 0; i < 100; i++) waits.add(false);
+  EXPECT_FALSE(waits.mostly_brief());
+  for (int i = 0; i < 4; i++) waits.add(true);
+  EXPECT_TRUE(waits.mostly_brief());
+  // Every second one long: never, in the long run.
+  for (int i = 0; i < 100; i++) waits.add(i % 2 == 0);
+  EXPECT_FALSE(waits.mostly_brief());
 }
 
 // The release of a closed file comes while the poll is being removed, which the kernel then does not do.

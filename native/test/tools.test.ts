@@ -160,6 +160,16 @@ describe('words that are wrong', () => {
     });
   });
 
+  it('polling for longer than a millisecond, or for less than nothing, is HF_INVALID_ARGUMENT', async () => {
+    const options = { stateDir: area.dir, keeperSocket: area.path('none.sock'), onEvent: () => {} };
+    for (const pollMicroseconds of [1001, -1, 0.5]) {
+      await expect(native().createEngine({ ...options, pollMicroseconds })).rejects.toMatchObject({
+        code: 'HF_INVALID_ARGUMENT',
+        message: expect.stringContaining('pollMicroseconds') as string,
+      });
+    }
+  });
+
   it('the lock of a node that is not there is HF_NOT_FOUND', async () => {
     await expect(native().lockIsFree(area.path('no.lock'))).rejects.toMatchObject({ code: 'HF_NOT_FOUND' });
   });

@@ -596,6 +596,10 @@ Napi::Value create_engine_js(const Napi::CallbackInfo& info) {
     options.keeper_socket = get_string(given, "keeperSocket");
     options.workers = find_u32(given, "workers").value_or(0);
     if (options.workers > 64) throw_invalid(info.Env(), "workers must be at most 64");
+    if (const auto poll = find_u32(given, "pollMicroseconds")) {
+      if (*poll > 1000) throw_invalid(info.Env(), "pollMicroseconds must be at most 1000");
+      options.poll_ns = uint64_t{*poll} * 1000;
+    }
     const Napi::Value handler = given.Get("onEvent");
     if (!handler.IsFunction()) throw_invalid(info.Env(), "onEvent must be a function");
     const uint64_t number = data->next_engine++;

@@ -33,7 +33,7 @@ Result<std::shared_ptr<Engine>> Engine::create(const EngineOptions& options, Eve
   engine->keeper_ = std::move(*keeper);
   const unsigned count = options.workers == 0 ? default_workers() : options.workers;
   for (unsigned i = 0; i < count; ++i) {
-    Result<std::unique_ptr<Worker>> worker = Worker::start(i);
+    Result<std::unique_ptr<Worker>> worker = Worker::start(i, options.poll_ns);
     if (!worker.ok()) return worker.status;
     engine->workers_.push_back(std::move(*worker));
   }

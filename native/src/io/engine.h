@@ -244,6 +244,8 @@ class EnginePool final : public std::enable_shared_from_this<EnginePool>, privat
 struct EngineOptions {
   std::string keeper_socket;
   unsigned workers = 0;            // 0: the number of CPUs, at least 2, at most 8
+  // The longest that a worker polls before it sleeps (worker.h); 0: never.
+  uint64_t poll_ns = kDefaultPollNs;
 };
 
 class Engine : public std::enable_shared_from_this<Engine> {

@@ -3,6 +3,7 @@
 
 #include <fcntl.h>
 #include <poll.h>
+#include <sched.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
@@ -57,8 +58,9 @@ Task* Worker::TaskList::pop() {
 
 Worker* Worker::current() { return current_worker; }
 
-Result<std::unique_ptr<Worker>> Worker::start(unsigned index) {
+Result<std::unique_ptr<Worker>> Worker::start(unsigned index, uint64_t poll_ns) {
   std::unique_ptr<Worker> worker(new Worker());
+  worker->poll_ns_ = std::thread::hardware_concurrency() == 1 ? 0 : poll_ns;
   std::promise<Status> ready;
   // The ring is made on its own thread: a single-issuer ring belongs to the thread that made it.
   worker->thread_ = std::thread([&ready, raw = worker.get(), index] {
@@ -319,8 +321,22 @@ bool Worker::reap() {
   }
 }
 
-void Worker::wait_and_reap() {
-  arm_wake_poll();
+// Until something is there to be done, but not longer than poll_ns_ after `since_ns`. What is prepared goes to the kernel
+// first. False: nothing came.
+bool Worker::poll(uint64_t since_ns) {
+  submit();
+  uint64_t until = since_ns + poll_ns_;
+  if (!timers_.empty()) until = std::min(until, timers_.front().when_ns);
+  for (;;) {
+    io_uring_get_events(&ring_);
+    if (io_uring_cq_ready(&ring_) > 0 || inbox_filled_.load(std::memory_order_relaxed)) return true;
+    if (boottime_ns() >= until) return false;
+    sched_yield();
+  }
+}
+
+// What is prepared goes to the kernel; comes back when something is there to be done.
+void Worker::submit_and_wait() {
   bool sleep = tasks_.head == nullptr;
   if (sleep) {
     asleep_.store(true, std::memory_order_seq_cst);
@@ -352,6 +368,19 @@ void Worker::wait_and_reap() {
   }
   asleep_.store(false, std::memory_order_relaxed);
   forget_submitted();
+}
+
+void Worker::wait_and_reap() {
+  arm_wake_poll();
+  const bool asked = slots_in_use_ > 0 || answering_ != nullptr;
+  if (poll_ns_ == 0 || tasks_.head != nullptr || !asked || slots_in_use_ > kPolledRequests) {
+    submit_and_wait();
+  } else {
+    WaitHistory& waits = slots_in_use_ > 0 ? device_waits_ : caller_waits_;
+    const uint64_t since = boottime_ns();
+    if (!waits.mostly_brief() || !poll(since)) submit_and_wait();
+    waits.add(boottime_ns() - since <= poll_ns_);
+  }
   reap();
 }
 
@@ -378,12 +407,14 @@ Slot* Worker::take_slot(FuseChannel* waiter) {
   }
   free_slots_ = slot->next;
   slot->next = nullptr;
+  ++slots_in_use_;
   return slot;
 }
 
 void Worker::release_slot(Slot* slot) {
   HF_ASSERT(current_worker == this);
   slot->channel = nullptr;
+  --slots_in_use_;
   slot->next = free_slots_;
   free_slots_ = slot;
   if (slot->resident > 0 && !trim_task_.armed) {

@@ -7,6 +7,10 @@
 // A turn that moves much data (kTurnBytes) does not leave the device and the callers idle for so long: what is prepared
 // goes to the kernel in between, and between two completions new requests are looked for. Otherwise everything in
 // flight goes round in one lump, and the device is idle while requests are copied.
+//
+// With few requests under way (kPolledRequests) a wake-up costs more than what is waited for: a CPU that went idle has to
+// come back (in a virtual machine, through its host). So a worker whose waits were brief lately polls before it sleeps,
+// for at most poll_ns a wait, and lets whatever else wants the CPU go first. It never polls when nothing was asked of it.
 #pragma once
 
 #include <liburing.h>
@@ -22,6 +26,7 @@
 #include "core/gate.h"
 #include "core/status.h"
 #include "core/volume.h"
+#include "io/wait_history.h"
 
 namespace holdfast {
 
@@ -37,6 +42,11 @@ inline constexpr size_t kFuseHeaderSize = 80;     // fuse_in_header plus the arg
 
 // Bytes of requests read, or answered, after which a turn hands over what it has prepared. A block counts at least.
 inline constexpr size_t kTurnBytes = 32u << 10;
+
+// Requests under way on a worker up to which it polls. With more of them its CPU time is better spent by the others.
+inline constexpr size_t kPolledRequests = 8;
+// How long a worker polls where nothing else is asked for. Linux' haltpoll polls as long in a guest.
+inline constexpr uint64_t kDefaultPollNs = 200'000;
 
 // A frontend request's memory: kMaxTransfer bytes of address space, of which only what was used is resident.
 //
@@ -62,8 +72,9 @@ struct Slot {
 
 class Worker final : public Executor {
  public:
-  // Starts the thread. `index` only names it.
-  static Result<std::unique_ptr<Worker>> start(unsigned index);
+  // Starts the thread. `index` only names it. `poll_ns`: the longest that it polls before it sleeps; 0: never. On a
+  // single CPU it never does: what it waits for needs that one.
+  static Result<std::unique_ptr<Worker>> start(unsigned index, uint64_t poll_ns = 0);
   // Stops and joins. Nothing may be outstanding at the ring but polls that belong to nobody any more.
   ~Worker() override;
   Worker(const Worker&) = delete;
@@ -118,6 +129,8 @@ class Worker final : public Executor {
   void take_inbox();
   void add_timer(Timer timer);
   void run_timers();
+  bool poll(uint64_t since_ns);
+  void submit_and_wait();
   void wait_and_reap();
   bool reap();
   void wake();
@@ -149,7 +162,10 @@ class Worker final : public Executor {
     bool armed = false;
   } wake_poll_;
   bool stopping_ = false;
-  // Answered in the course of a reap().
+  uint64_t poll_ns_ = 0;
+  WaitHistory device_waits_;    // with requests under way
+  WaitHistory caller_waits_;    // with none, after one was answered
+  // Answered since the last reap() began.
   FuseChannel* answering_ = nullptr;
   size_t answered_bytes_ = 0;
 
@@ -161,6 +177,7 @@ class Worker final : public Executor {
   std::byte* slot_memory_ = nullptr;
   std::unique_ptr<Slot[]> slots_;
   Slot* free_slots_ = nullptr;
+  size_t slots_in_use_ = 0;
   std::vector<FuseChannel*> slot_waiters_;
   struct TrimTask : Task {
     Worker* worker = nullptr;

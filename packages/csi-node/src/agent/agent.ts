@@ -66,6 +66,7 @@ export interface AgentOptions {
   /** How often devices are looked at again. */
   rescanMs?: number;
   workers?: number;
+  pollMicroseconds?: number;
 }
 
 export interface Agent {
@@ -147,13 +148,14 @@ class RunningAgent implements Agent {
   }
 
   async start(): Promise<void> {
-    const { native, stateDir, keeperSocket, lockDir, workers } = this.#options;
+    const { native, stateDir, keeperSocket, lockDir, workers, pollMicroseconds } = this.#options;
     mkdirSync(lockDir, { recursive: true, mode: 0o700 });
     const engineOptions: EngineOptions = {
       stateDir,
       keeperSocket,
       onEvent: (event) => this.#onEvent(event),
       ...(workers === undefined ? {} : { workers }),
+      ...(pollMicroseconds === undefined ? {} : { pollMicroseconds }),
     };
     this.#engine = await native.createEngine(engineOptions);
     const started = performance.now();

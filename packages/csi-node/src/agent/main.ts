@@ -17,8 +17,18 @@ interface Flags extends TlsFlags {
   maxVolumes: number;
   rescanMs: number;
   workers?: number;
+  pollUs: number;
   machineId?: string;
   bootId?: string;
+}
+
+const pollUsMax = 1000;
+
+function pollUs(text: string): number {
+  const value = Number(text);
+  if (text.trim() === '' || !Number.isSafeInteger(value) || value < 0 || value > pollUsMax)
+    throw new InvalidArgumentError(`Give a whole number from 0 to ${pollUsMax}.`);
+  return value;
 }
 
 function positive(text: string): number {
@@ -49,6 +59,12 @@ const command = new Command('holdfast-agent')
   .option('--max-volumes <n>', 'volumes open here at one time', positive, 128)
   .option('--rescan-ms <ms>', 'how often devices are looked at again', positive, 5000)
   .option('--workers <n>', 'threads of the engine (default: one a CPU, 2 to 8)', positive)
+  .option(
+    '--poll-us <n>',
+    'the longest, in microseconds, that a thread of the engine polls for the next request or answer; 0: never',
+    pollUs,
+    200,
+  )
   .option('--machine-id <uuid>', 'instead of /etc/machine-id (several nodes on one machine)')
   .option('--boot-id <uuid>', "instead of the kernel's boot id")
   .option('--tls-ca <file>', 'certificate authority of the metadata service')
@@ -83,6 +99,7 @@ async function main(): Promise<void> {
     logger,
     native: native(),
     ...(flags.workers === undefined ? {} : { workers: flags.workers }),
+    pollMicroseconds: flags.pollUs,
     ...(channelCredentials === undefined ? {} : { channelCredentials }),
   });
   let ending = false;
