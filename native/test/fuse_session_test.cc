@@ -174,11 +174,11 @@ struct Polled {
     run_on(*worker, [&] { getrusage(RUSAGE_THREAD, &usage); });
     return usage.ru_nvcsw;
   }
-  // Whether it comes to be seen asleep (or awake) a hundred times in a row.
+  // Whether it comes to be seen asleep (or awake) a hundred times in a row, within some seconds.
   bool stays(bool asleep) const {
     const std::string path = "/proc/self/task/" + std::to_string(thread) + "/stat";
     int in_a_row = 0;
-    for (int i = 0; i < 10'000 && in_a_row < 100; i++) {
+    for (int i = 0; i < 4000 && in_a_row < 100; i++) {
       std::ifstream stat(path);
       std::string line;
       std::getline(stat, line);
@@ -261,20 +261,25 @@ TEST(FuseSession, NewRequestsAreTakenInTheMiddleOfManyAnswers) {
 
 bool can_poll() { return std::thread::hardware_concurrency() > 1; }
 
+// A worker rests from polling after something else had its CPU for long, so where polling is expected it gets more chances.
+constexpr int kChances = 20;
+
 TEST(FuseSession, AWorkerWhoseWaitsAreBriefPollsInsteadOfSleeping) {
   ASSERT_EQ(geteuid(), 0u) << "this test mounts a FUSE file system: run it as root";
   if (!can_poll()) GTEST_SKIP() << "a worker never polls on a single CPU";
   constexpr int kReads = 300;
-  for (const bool polls : {true, false}) {
-    Polled one(polls ? kMinuteNs : 0);
-    one.read_blocks(20);
+  const auto slept = [](Polled& one) {
     const long before = one.sleeps();
     one.read_blocks(kReads, 200);
-    const long slept = one.sleeps() - before;
-    if (polls) EXPECT_LT(slept, kReads / 10);
-    else EXPECT_GE(slept, kReads / 2);
-    EXPECT_EQ(one.failed, 0);
-  }
+    return one.sleeps() - before;
+  };
+  Polled never(0);
+  EXPECT_GE(slept(never), kReads / 2);
+  Polled one(kMinuteNs);
+  long least = kReads;
+  for (int i = 0; i < kChances && least >= kReads / 10; i++) least = std::min(least, slept(one));
+  EXPECT_LT(least, kReads / 10);
+  EXPECT_EQ(one.failed + never.failed, 0);
 }
 
 TEST(FuseSession, AWorkerThatPollsTakesTasksAndTimers) {
@@ -300,14 +305,17 @@ TEST(FuseSession, AWorkerPollsForFewRequestsOnly) {
   ASSERT_EQ(geteuid(), 0u) << "this test mounts a FUSE file system: run it as root";
   if (!can_poll()) GTEST_SKIP() << "a worker never polls on a single CPU";
   Polled one(kMinuteNs);
-  // Four waits for a device that were brief.
-  for (int i = 0; i < 8; i++) {
-    one.hold(1);
+  bool polled = false;
+  for (int i = 0; i < kChances && !polled; i++) {
+    for (int waits = 0; waits < 30; waits++) {
+      one.hold(1);
+      one.let_go();
+    }
+    one.hold(kPolledRequests);
+    polled = one.stays(false);
     one.let_go();
   }
-  one.hold(kPolledRequests);
-  EXPECT_TRUE(one.stays(false));
-  one.let_go();
+  EXPECT_TRUE(polled);
   one.hold(kPolledRequests + 1);
   EXPECT_TRUE(one.stays(true));
   one.let_go();
@@ -326,24 +334,50 @@ TEST(FuseSession, AWorkerOfWhichNothingIsAskedSleeps) {
   EXPECT_EQ(one.failed, 0);
 }
 
-TEST(WaitHistory, SaysBriefOnceMostWereAndNoLongerWhenAThirdAreNot) {
-  WaitHistory waits;
-  for (int i = 0; i < 3; i++) waits.add(true);
-  EXPECT_FALSE(waits.mostly_brief());
-  waits.add(true);
-  EXPECT_TRUE(waits.mostly_brief());
+TEST(PollDecider, PollsOnceMostWaitsWereBriefAndNoLongerWhenAThirdAreNot) {
+  using Wait = PollDecider::Wait;
+  PollDecider one;
+  const auto wait = [&](int times, bool brief) {
+    for (int i = 0; i < times; i++) one.waited(Wait::kDevice, brief);
+    return one.worthwhile(Wait::kDevice);
+  };
+  EXPECT_FALSE(wait(3, true));
+  EXPECT_TRUE(wait(1, true));
+  EXPECT_FALSE(one.worthwhile(Wait::kCaller));
   // One long wait among many brief ones changes nothing,
-  for (int i = 0; i < 100; i++) waits.add(true);
-  waits.add(false);
-  EXPECT_TRUE(waits.mostly_brief());
+  EXPECT_TRUE(wait(100, true));
+  EXPECT_TRUE(wait(1, false));
   // long ones alone end it at once, and it takes no longer to come back the more of them there were.
-  for (int i = 0; i < 100; i++) waits.add(false);
-  EXPECT_FALSE(waits.mostly_brief());
-  for (int i = 0; i < 4; i++) waits.add(true);
-  EXPECT_TRUE(waits.mostly_brief());
+  EXPECT_FALSE(wait(100, false));
+  EXPECT_TRUE(wait(4, true));
   // Every second one long: never, in the long run.
-  for (int i = 0; i < 100; i++) waits.add(i % 2 == 0);
-  EXPECT_FALSE(waits.mostly_brief());
+  for (int i = 0; i < 100; i++) one.waited(Wait::kDevice, i % 2 == 0);
+  EXPECT_FALSE(one.worthwhile(Wait::kDevice));
+}
+
+TEST(PollDecider, RestsForLongerEachTimeThatTheCpuIsCrowded) {
+  constexpr auto kWait = PollDecider::Wait::kCaller;
+  PollDecider one;
+  const auto rest = [&] {
+    uint32_t waits = 0;
+    for (; !one.worthwhile(kWait); waits++) one.waited(kWait, true);
+    return waits;
+  };
+  rest();
+  uint32_t expected = PollDecider::kFirstRest;
+  for (int i = 0; i < 20; i++) {
+    one.polled(true);
+    EXPECT_EQ(rest(), expected);
+    expected = std::min(expected * 2, PollDecider::kLongestRest);
+  }
+  // Until it has polled undisturbed for long enough.
+  for (uint32_t i = 1; i < PollDecider::kGoodPolls; i++) one.polled(false);
+  one.polled(true);
+  EXPECT_EQ(rest(), PollDecider::kLongestRest);
+  for (uint32_t i = 0; i < PollDecider::kGoodPolls; i++) one.polled(false);
+  EXPECT_TRUE(one.worthwhile(kWait));
+  one.polled(true);
+  EXPECT_EQ(rest(), PollDecider::kFirstRest);
 }
 
 // The release of a closed file comes while the poll is being removed, which the kernel then does not do.

@@ -23,6 +23,8 @@ namespace {
 
 constexpr unsigned kRingEntries = 512;
 constexpr unsigned kCompletionEntries = 8192;
+// What helps with a request (loop device, io_uring, the caller) has the CPU for less between two looks.
+constexpr uint64_t kCrowdedNs = 500'000;
 constexpr uint64_t kTrimAfterNs = 5'000'000'000;
 constexpr int kPrSetIoFlusher = 57;  // PR_SET_IO_FLUSHER, newer than some C libraries
 
@@ -327,12 +329,18 @@ bool Worker::poll(uint64_t since_ns) {
   submit();
   uint64_t until = since_ns + poll_ns_;
   if (!timers_.empty()) until = std::min(until, timers_.front().when_ns);
-  for (;;) {
-    io_uring_get_events(&ring_);
-    if (io_uring_cq_ready(&ring_) > 0 || inbox_filled_.load(std::memory_order_relaxed)) return true;
-    if (boottime_ns() >= until) return false;
+  bool came = false;
+  bool crowded = false;
+  for (uint64_t now = since_ns; !came && now < until;) {
     sched_yield();
+    io_uring_get_events(&ring_);
+    came = io_uring_cq_ready(&ring_) > 0 || inbox_filled_.load(std::memory_order_relaxed);
+    const uint64_t before = now;
+    now = boottime_ns();
+    crowded = crowded || now - before > kCrowdedNs;
   }
+  polling_.polled(crowded);
+  return came;
 }
 
 // What is prepared goes to the kernel; comes back when something is there to be done.
@@ -373,14 +381,16 @@ void Worker::submit_and_wait() {
 void Worker::wait_and_reap() {
   arm_wake_poll();
   const bool asked = slots_in_use_ > 0 || answering_ != nullptr;
-  if (poll_ns_ == 0 || tasks_.head != nullptr || !asked || slots_in_use_ > kPolledRequests) {
+  const size_t most = std::max(most_in_use_, slots_in_use_);
+  if (poll_ns_ == 0 || tasks_.head != nullptr || !asked || most > kPolledRequests) {
     submit_and_wait();
   } else {
-    WaitHistory& waits = slots_in_use_ > 0 ? device_waits_ : caller_waits_;
+    const auto wait = slots_in_use_ > 0 ? PollDecider::Wait::kDevice : PollDecider::Wait::kCaller;
     const uint64_t since = boottime_ns();
-    if (!waits.mostly_brief() || !poll(since)) submit_and_wait();
-    waits.add(boottime_ns() - since <= poll_ns_);
+    if (!polling_.worthwhile(wait) || !poll(since)) submit_and_wait();
+    polling_.waited(wait, boottime_ns() - since <= poll_ns_);
   }
+  most_in_use_ = slots_in_use_;
   reap();
 }
 
@@ -407,7 +417,8 @@ Slot* Worker::take_slot(FuseChannel* waiter) {
   }
   free_slots_ = slot->next;
   slot->next = nullptr;
-  ++slots_in_use_;
+  // The new one may be given back at once, for want of a request.
+  most_in_use_ = std::max(most_in_use_, slots_in_use_++);
   return slot;
 }
 

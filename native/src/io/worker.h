@@ -10,7 +10,8 @@
 //
 // With few requests under way (kPolledRequests) a wake-up costs more than what is waited for: a CPU that went idle has to
 // come back (in a virtual machine, through its host). So a worker whose waits were brief lately polls before it sleeps,
-// for at most poll_ns a wait, and lets whatever else wants the CPU go first. It never polls when nothing was asked of it.
+// for at most poll_ns a wait, and lets whatever else wants the CPU go first. It never polls when nothing was asked of it,
+// and not for a while after something else has had its CPU for long (poll_decider.h).
 #pragma once
 
 #include <liburing.h>
@@ -26,7 +27,7 @@
 #include "core/gate.h"
 #include "core/status.h"
 #include "core/volume.h"
-#include "io/wait_history.h"
+#include "io/poll_decider.h"
 
 namespace holdfast {
 
@@ -163,8 +164,7 @@ class Worker final : public Executor {
   } wake_poll_;
   bool stopping_ = false;
   uint64_t poll_ns_ = 0;
-  WaitHistory device_waits_;    // with requests under way
-  WaitHistory caller_waits_;    // with none, after one was answered
+  PollDecider polling_;
   // Answered since the last reap() began.
   FuseChannel* answering_ = nullptr;
   size_t answered_bytes_ = 0;
@@ -178,6 +178,7 @@ class Worker final : public Executor {
   std::unique_ptr<Slot[]> slots_;
   Slot* free_slots_ = nullptr;
   size_t slots_in_use_ = 0;
+  size_t most_in_use_ = 0;      // since the last wait
   std::vector<FuseChannel*> slot_waiters_;
   struct TrimTask : Task {
     Worker* worker = nullptr;
