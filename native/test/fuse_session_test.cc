@@ -120,7 +120,8 @@ class Held final : public PlainVolume {
   Sink now_;
 };
 
-// A worker that polls for at most `poll_ns`, and readers of its one file.
+// A worker that polls for at most `poll_ns`, and readers of its one file. With a minute, no wait is long and no CPU crowded,
+// however busy the machine is.
 struct Polled {
   std::unique_ptr<Worker> worker;
   Held volume;
@@ -261,9 +262,6 @@ TEST(FuseSession, NewRequestsAreTakenInTheMiddleOfManyAnswers) {
 
 bool can_poll() { return std::thread::hardware_concurrency() > 1; }
 
-// A worker rests from polling after something else had its CPU for long, so where polling is expected it gets more chances.
-constexpr int kChances = 20;
-
 TEST(FuseSession, AWorkerWhoseWaitsAreBriefPollsInsteadOfSleeping) {
   ASSERT_EQ(geteuid(), 0u) << "this test mounts a FUSE file system: run it as root";
   if (!can_poll()) GTEST_SKIP() << "a worker never polls on a single CPU";
@@ -276,9 +274,8 @@ TEST(FuseSession, AWorkerWhoseWaitsAreBriefPollsInsteadOfSleeping) {
   Polled never(0);
   EXPECT_GE(slept(never), kReads / 2);
   Polled one(kMinuteNs);
-  long least = kReads;
-  for (int i = 0; i < kChances && least >= kReads / 10; i++) least = std::min(least, slept(one));
-  EXPECT_LT(least, kReads / 10);
+  one.read_blocks(20);
+  EXPECT_LT(slept(one), kReads / 10);
   EXPECT_EQ(one.failed + never.failed, 0);
 }
 
@@ -305,17 +302,14 @@ TEST(FuseSession, AWorkerPollsForFewRequestsOnly) {
   ASSERT_EQ(geteuid(), 0u) << "this test mounts a FUSE file system: run it as root";
   if (!can_poll()) GTEST_SKIP() << "a worker never polls on a single CPU";
   Polled one(kMinuteNs);
-  bool polled = false;
-  for (int i = 0; i < kChances && !polled; i++) {
-    for (int waits = 0; waits < 30; waits++) {
-      one.hold(1);
-      one.let_go();
-    }
-    one.hold(kPolledRequests);
-    polled = one.stays(false);
+  // Waits for a device that were brief.
+  for (int i = 0; i < 8; i++) {
+    one.hold(1);
     one.let_go();
   }
-  EXPECT_TRUE(polled);
+  one.hold(kPolledRequests);
+  EXPECT_TRUE(one.stays(false));
+  one.let_go();
   one.hold(kPolledRequests + 1);
   EXPECT_TRUE(one.stays(true));
   one.let_go();

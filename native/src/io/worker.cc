@@ -23,7 +23,7 @@ namespace {
 
 constexpr unsigned kRingEntries = 512;
 constexpr unsigned kCompletionEntries = 8192;
-// What helps with a request (loop device, io_uring, the caller) has the CPU for less between two looks.
+// Longer than what helps with a request (loop device, io_uring, the caller) has the CPU for between two looks.
 constexpr uint64_t kCrowdedNs = 500'000;
 constexpr uint64_t kTrimAfterNs = 5'000'000'000;
 constexpr int kPrSetIoFlusher = 57;  // PR_SET_IO_FLUSHER, newer than some C libraries
@@ -331,13 +331,14 @@ bool Worker::poll(uint64_t since_ns) {
   if (!timers_.empty()) until = std::min(until, timers_.front().when_ns);
   bool came = false;
   bool crowded = false;
+  const uint64_t crowded_ns = std::max(kCrowdedNs, 2 * poll_ns_);
   for (uint64_t now = since_ns; !came && now < until;) {
     sched_yield();
     io_uring_get_events(&ring_);
     came = io_uring_cq_ready(&ring_) > 0 || inbox_filled_.load(std::memory_order_relaxed);
     const uint64_t before = now;
     now = boottime_ns();
-    crowded = crowded || now - before > kCrowdedNs;
+    crowded = crowded || now - before > crowded_ns;
   }
   polling_.polled(crowded);
   return came;
