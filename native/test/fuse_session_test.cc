@@ -99,6 +99,12 @@ class Burst final : public PlainVolume {
   Sink later_;
 };
 
+// The session's one file, for reading.
+int open_file(const FuseSession& session, int flags = 0) {
+  const std::string path = "/proc/self/fd/" + std::to_string(session.mount_fd());
+  return open(path.c_str(), O_RDONLY | O_CLOEXEC | flags);
+}
+
 // Answers at the end of a turn, or, while it holds, when it is told to.
 class Held final : public PlainVolume {
  public:
@@ -140,7 +146,7 @@ struct Polled {
     session = std::move(*created);
     session->start(&volume, FuseSession::Mode::kServe);
     HF_ASSERT(session->wait_agreed(10'000));
-    file = open(("/proc/self/fd/" + std::to_string(session->mount_fd())).c_str(), O_RDONLY | O_DIRECT | O_CLOEXEC);
+    file = open_file(*session, O_DIRECT);
     HF_ASSERT(file >= 0);
     run_on(*worker, [&] { thread = gettid(); });
   }
@@ -237,8 +243,7 @@ TEST(FuseSession, NewRequestsAreTakenInTheMiddleOfManyAnswers) {
   ASSERT_TRUE(session.ok()) << session.status.message;
   (*session)->start(&volume, FuseSession::Mode::kServe);
   ASSERT_TRUE((*session)->wait_agreed(10'000));
-  const std::string path = "/proc/self/fd/" + std::to_string((*session)->mount_fd());
-  const int file = open(path.c_str(), O_RDONLY | O_DIRECT | O_CLOEXEC);
+  const int file = open_file(**session, O_DIRECT);
   ASSERT_GE(file, 0);
   std::atomic<int> failed{0};
   std::vector<std::thread> readers;
@@ -328,52 +333,6 @@ TEST(FuseSession, AWorkerOfWhichNothingIsAskedSleeps) {
   EXPECT_EQ(one.failed, 0);
 }
 
-TEST(PollDecider, PollsOnceMostWaitsWereBriefAndNoLongerWhenAThirdAreNot) {
-  using Wait = PollDecider::Wait;
-  PollDecider one;
-  const auto wait = [&](int times, bool brief) {
-    for (int i = 0; i < times; i++) one.waited(Wait::kDevice, brief);
-    return one.worthwhile(Wait::kDevice);
-  };
-  EXPECT_FALSE(wait(3, true));
-  EXPECT_TRUE(wait(1, true));
-  EXPECT_FALSE(one.worthwhile(Wait::kCaller));
-  // One long wait among many brief ones changes nothing,
-  EXPECT_TRUE(wait(100, true));
-  EXPECT_TRUE(wait(1, false));
-  // long ones alone end it at once, and it takes no longer to come back the more of them there were.
-  EXPECT_FALSE(wait(100, false));
-  EXPECT_TRUE(wait(4, true));
-  // Every second one long: never, in the long run.
-  for (int i = 0; i < 100; i++) one.waited(Wait::kDevice, i % 2 == 0);
-  EXPECT_FALSE(one.worthwhile(Wait::kDevice));
-}
-
-TEST(PollDecider, RestsForLongerEachTimeThatTheCpuIsCrowded) {
-  constexpr auto kWait = PollDecider::Wait::kCaller;
-  PollDecider one;
-  const auto rest = [&] {
-    uint32_t waits = 0;
-    for (; !one.worthwhile(kWait); waits++) one.waited(kWait, true);
-    return waits;
-  };
-  rest();
-  uint32_t expected = PollDecider::kFirstRest;
-  for (int i = 0; i < 20; i++) {
-    one.polled(true);
-    EXPECT_EQ(rest(), expected);
-    expected = std::min(expected * 2, PollDecider::kLongestRest);
-  }
-  // Until it has polled undisturbed for long enough.
-  for (uint32_t i = 1; i < PollDecider::kGoodPolls; i++) one.polled(false);
-  one.polled(true);
-  EXPECT_EQ(rest(), PollDecider::kLongestRest);
-  for (uint32_t i = 0; i < PollDecider::kGoodPolls; i++) one.polled(false);
-  EXPECT_TRUE(one.worthwhile(kWait));
-  one.polled(true);
-  EXPECT_EQ(rest(), PollDecider::kFirstRest);
-}
-
 // The release of a closed file comes while the poll is being removed, which the kernel then does not do.
 TEST(FuseSession, ShutsDownWhileARequestComes) {
   ASSERT_EQ(geteuid(), 0u) << "this test mounts a FUSE file system: run it as root";
@@ -385,8 +344,7 @@ TEST(FuseSession, ShutsDownWhileARequestComes) {
     ASSERT_TRUE(session.ok()) << session.status.message;
     (*session)->start(&sink, FuseSession::Mode::kServe);
     ASSERT_TRUE((*session)->wait_agreed(10'000));
-    const std::string path = "/proc/self/fd/" + std::to_string((*session)->mount_fd());
-    const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    const int file = open_file(**session);
     ASSERT_GE(file, 0);
     close(file);
     (*session)->shut_down();

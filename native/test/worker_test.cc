@@ -7,6 +7,7 @@
 #include <poll.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <cerrno>
 #include <cstdlib>
@@ -17,6 +18,7 @@
 #include <thread>
 
 #include "core/pages.h"
+#include "io/poll_decider.h"
 #include "io/uring_device.h"
 #include "thread_executor.h"
 
@@ -280,6 +282,52 @@ TEST(UringDevice, AWriteWhoseGateIsFencedFailsAndReachesNoDisk) {
   });
   EXPECT_EQ(write.answer.get_future().get(), EIO);
   EXPECT_EQ(file.first_byte(0), 0);
+}
+
+TEST(PollDecider, PollsOnceMostWaitsWereBriefAndNoLongerWhenAThirdAreNot) {
+  using Wait = PollDecider::Wait;
+  PollDecider one;
+  const auto wait = [&](int times, bool brief) {
+    for (int i = 0; i < times; i++) one.waited(Wait::kDevice, brief);
+    return one.worthwhile(Wait::kDevice);
+  };
+  EXPECT_FALSE(wait(3, true));
+  EXPECT_TRUE(wait(1, true));
+  EXPECT_FALSE(one.worthwhile(Wait::kCaller));
+  // One long wait among many brief ones changes nothing,
+  EXPECT_TRUE(wait(100, true));
+  EXPECT_TRUE(wait(1, false));
+  // long ones alone end it at once, and it takes no longer to come back the more of them there were.
+  EXPECT_FALSE(wait(100, false));
+  EXPECT_TRUE(wait(4, true));
+  // Every second one long: never, in the long run.
+  for (int i = 0; i < 100; i++) one.waited(Wait::kDevice, i % 2 == 0);
+  EXPECT_FALSE(one.worthwhile(Wait::kDevice));
+}
+
+TEST(PollDecider, RestsForLongerEachTimeThatTheCpuIsCrowded) {
+  constexpr auto kWait = PollDecider::Wait::kCaller;
+  PollDecider one;
+  const auto rest = [&] {
+    uint32_t waits = 0;
+    for (; !one.worthwhile(kWait); waits++) one.waited(kWait, true);
+    return waits;
+  };
+  rest();
+  uint32_t expected = PollDecider::kFirstRest;
+  for (int i = 0; i < 20; i++) {
+    one.polled(true);
+    EXPECT_EQ(rest(), expected);
+    expected = std::min(expected * 2, PollDecider::kLongestRest);
+  }
+  // Until it has polled undisturbed for long enough.
+  for (uint32_t i = 1; i < PollDecider::kGoodPolls; i++) one.polled(false);
+  one.polled(true);
+  EXPECT_EQ(rest(), PollDecider::kLongestRest);
+  for (uint32_t i = 0; i < PollDecider::kGoodPolls; i++) one.polled(false);
+  EXPECT_TRUE(one.worthwhile(kWait));
+  one.polled(true);
+  EXPECT_EQ(rest(), PollDecider::kFirstRest);
 }
 
 }  // namespace

@@ -8,8 +8,8 @@
 // goes to the kernel in between, and between two completions new requests are looked for. Otherwise everything in
 // flight goes round in one lump, and the device is idle while requests are copied.
 //
-// With few requests under way (kPolledRequests) a wake-up costs more than what is waited for: a CPU that went idle has to
-// come back (in a virtual machine, through its host). So a worker whose waits were brief lately polls before it sleeps,
+// With few requests under way (kPolledRequests) and a quick disk, wake-ups are a good part of what a caller waits: a CPU
+// that went idle has to come back (in a virtual machine, through its host). So a worker whose waits were brief lately polls before it sleeps,
 // for at most poll_ns a wait, and lets whatever else wants the CPU go first. It never polls when nothing was asked of it,
 // and not for a while after something else has had its CPU for long (poll_decider.h).
 #pragma once
